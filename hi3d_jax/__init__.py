@@ -1,0 +1,1 @@
+"""Hi3D in JAX: one image to a textured 3D mesh by video diffusion."""

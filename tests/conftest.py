@@ -1,0 +1,24 @@
+"""Every test runs on eight simulated CPU devices, in full float32, with strict shapes and warnings as errors."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The founders' data folder beside the checkout; tests that want it are skipped where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the data folder {SHARED}, which is not part of the repository")
+    return SHARED
