@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ class Cameras:
         """All cameras of `parts`, in order. Raises `CameraError` where image sizes differ."""
         sizes = {(part.width, part.height) for part in parts}
         if len(sizes) != 1:
-            raise CameraError(f"cameras of different image sizes cannot be joined: {sorted(sizes)}; use resized() first")
+            raise CameraError(f"cameras of different image sizes cannot be joined: {sorted(sizes)}; resize them first")
         return dataclasses.replace(
             parts[0], c2w=np.concatenate([p.c2w for p in parts]), K=np.concatenate([p.K for p in parts])
         )
@@ -156,9 +156,8 @@ def between_neighbours(cameras: Cameras, count: int) -> Cameras:
     azimuth = np.interp(at, knots, closed(angles, 2 * np.pi))
     elevation = np.interp(at, knots, closed(elevations))
     radius = np.interp(at, knots, closed(radii))
-    positions = target + np.stack(
-        [orbit_position(math.degrees(a), math.degrees(e), r) for a, e, r in zip(azimuth, elevation, radius, strict=True)]
-    )
+    spherical = zip(np.degrees(azimuth), np.degrees(elevation), radius, strict=True)
+    positions = target + np.stack([orbit_position(*angles_and_radius) for angles_and_radius in spherical])
     K = np.stack([np.interp(at, knots, closed(k)) for k in cameras.K[order].reshape(num, 9).T], axis=1)
     c2w = np.stack([look_at(position, target) for position in positions])
     return Cameras(c2w, K.reshape(count, 3, 3).astype(np.float32), cameras.width, cameras.height)
@@ -220,6 +219,12 @@ def z_up_to_y_up(points):
     return np.stack([points[..., 0], points[..., 2], -points[..., 1]], axis=-1)
 
 
+def turned_to_z_up(cameras: Cameras) -> Cameras:
+    """Cameras of a y-up world (nerfstudio's files do not say which they use) in the library's z-up world."""
+    turn = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], np.float32)
+    return dataclasses.replace(cameras, c2w=turn @ cameras.c2w)
+
+
 def check(cameras: Cameras) -> Cameras:
     """Returns `cameras` unchanged, or raises `CameraError` naming the first view that is no pinhole camera."""
     for view, (c2w, K) in enumerate(zip(cameras.c2w, cameras.K, strict=True)):
@@ -231,6 +236,10 @@ def check(cameras: Cameras) -> Cameras:
             raise CameraError(
                 f"camera of view {view}: its rotation is not orthonormal and right-handed (off by {error:.3g}, "
                 f"determinant {np.linalg.det(rotation):.3g}); remove scale and mirroring from transform_matrix"
+            )
+        if np.abs(c2w[3] - [0, 0, 0, 1]).max() > 1e-6:
+            raise CameraError(
+                f"camera of view {view}: the last row of its transform_matrix is not 0 0 0 1; transpose it?"
             )
         if K[0, 0] <= 0 or K[1, 1] <= 0:
             raise CameraError(f"camera of view {view}: focal lengths {K[0, 0]}, {K[1, 1]} must be positive")
@@ -245,29 +254,52 @@ def write_transforms(path: str | Path, cameras: Cameras, image_paths: Sequence[s
         frame |= {"fl_x": float(K[0, 0]), "fl_y": float(K[1, 1]), "cx": float(K[0, 2]), "cy": float(K[1, 2])}
         frames.append(frame | {"transform_matrix": c2w.astype(float).tolist()})
     document = {"camera_model": "OPENCV", "w": cameras.width, "h": cameras.height, "frames": frames}
-    Path(path).write_text(json.dumps(document, indent=1) + "\n")
+    # Written aside and renamed: whoever finds the file finds all of it.
+    aside = Path(path).with_suffix(".json.part")
+    try:
+        aside.write_text(json.dumps(document, indent=1) + "\n")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
-def read_transforms(path: str | Path, size: tuple[int, int] | None = None) -> tuple[Cameras, list[str]]:
+def read_transforms(
+    path: str | Path, image_size: Callable[[str], tuple[int, int]] | None = None
+) -> tuple[Cameras, list[str]]:
     """Reads nerfstudio's transforms.json fields: cameras and each frame's `file_path` ("" where it has none).
 
-    Intrinsics may be shared or per frame, as fl_x fl_y cx cy or camera_angle_x; lens distortion must be zero. Without
-    w and h, `size` (width, height) is used. Raises `CameraError`.
+    Intrinsics may be shared or per frame, as fl_x fl_y cx cy or camera_angle_x; lens distortion must be zero. Where w
+    and h are missing, `image_size` is asked for the (width, height) of the first `file_path`. Raises `CameraError`.
     """
     try:
         document = json.loads(Path(path).read_text())
         frames = document["frames"]
-        width, height = int(document.get("w", size and size[0])), int(document.get("h", size and size[1]))
-        c2w = np.array([frame["transform_matrix"] for frame in frames], np.float32).reshape(-1, 4, 4)
-        K = np.stack([_frame_intrinsics(document | frame, width, height) for frame in frames])
+        names = [str(frame.get("file_path", "")) for frame in frames]
+        c2w = np.array([frame["transform_matrix"] for frame in frames], np.float32)
+        if c2w.ndim != 3 or c2w.shape[1:] != (4, 4):
+            raise CameraError(
+                f"{path}: frames need a transform_matrix of 4 x 4 numbers each, together they are {c2w.shape}"
+            )
     except CameraError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CameraError(
-            f"{path} is not a transforms.json that can be read ({type(error).__name__}: {error}); it needs frames with "
-            "transform_matrix [4 4], w, h, and fl_x fl_y cx cy or camera_angle_x"
-        ) from error
-    return check(Cameras(opengl_to_opencv(c2w), K, width, height)), [str(f.get("file_path", "")) for f in frames]
+        raise _unreadable(path, error) from error
+    size = image_size(names[0]) if image_size and not {"w", "h"} <= document.keys() else None
+    try:
+        width, height = size or (int(document["w"]), int(document["h"]))
+        K = np.stack([_frame_intrinsics(document | frame, width, height) for frame in frames])
+    except CameraError:
+        raise
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise _unreadable(path, error) from error
+    return check(Cameras(opengl_to_opencv(c2w), K, width, height)), names
+
+
+def _unreadable(path: str | Path, error: Exception) -> CameraError:
+    return CameraError(
+        f"{path} is not a transforms.json that can be read ({type(error).__name__}: {error}); it needs frames with "
+        "transform_matrix [4 4], w, h, and fl_x fl_y cx cy or camera_angle_x"
+    )
 
 
 def _frame_intrinsics(fields: dict, width: int, height: int) -> Float[np.ndarray, "3 3"]:

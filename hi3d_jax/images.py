@@ -51,7 +51,7 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Float[np.ndarr
     large, too small, truncated, animated or of another format.
     """
     path = Path(path)
-    _check_file(path)
+    check_file(path)
     with opened(path, max_pixels) as file:
         frames = getattr(file, "n_frames", 1)
         # Phones append previews to their JPEGs (MPO): those are stills.
@@ -60,6 +60,13 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Float[np.ndarr
                 f"{path} holds {frames} frames or pages where one image is wanted; save one of them as PNG"
             )
         return to_array(ImageOps.exif_transpose(file), path)
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Width and height from the header of an image file, before any rotation by EXIF. Raises `ImageError`."""
+    check_file(Path(path))
+    with opened(Path(path)) as file:
+        return file.size
 
 
 @contextlib.contextmanager
@@ -82,7 +89,8 @@ def opened(path: Path, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FO
             raise ImageError(f"{path} is truncated or damaged ({error}); export it again") from error
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Raises `ImageError` unless `path` is a regular file of a sensible size."""
     if str(path).startswith(("http:/", "https:/")):
         raise ImageError(f"{path} is a web address; download the file first and give its path")
     try:
@@ -90,7 +98,7 @@ def _check_file(path: Path) -> None:
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}; check the path") from error
     if not stat.S_ISREG(status.st_mode):
-        raise ImageError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; give the path of an image")
+        raise ImageError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; give the path of a file")
     if status.st_size == 0:
         raise ImageError(f"{path} is empty (0 bytes); export it again")
     if status.st_size > MAX_FILE_BYTES:
