@@ -131,6 +131,13 @@ def over_white(image: Float[np.ndarray, "h w 4"]) -> Float[np.ndarray, "h w 3"]:
     return image[..., :3] * image[..., 3:] + (1 - image[..., 3:])
 
 
+def straight_alpha(view: Float[np.ndarray, "h w 3"], alpha: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w 4"]:
+    """The inverse of `over_white`: the object's own colour and its alpha; white where nothing is."""
+    alpha = alpha[..., None]
+    colour = np.where(alpha > 0, (view - (1 - alpha)) / np.maximum(alpha, 1e-6), 1)
+    return np.concatenate([np.clip(colour, 0, 1), alpha], axis=-1).astype(np.float32)
+
+
 def matte(image: Float[np.ndarray, "h w 4"], method: Matting = "auto") -> Float[np.ndarray, "h w 4"]:
     """The object alone: straight alpha, colours freed of the background.
 
@@ -237,7 +244,7 @@ def _soft_alpha(difference, distance, object_mask) -> Float[np.ndarray, "h w"]:
     """
     width = max(round(min(object_mask.shape) / 256), 1)
     depth = ndimage.distance_transform_edt(np.pad(object_mask, 1, mode="edge"))[1:-1, 1:-1]
-    rim = object_mask & (depth <= width)
+    rim = object_mask & (depth < width + 0.5)
     core = object_mask & ~rim
     alpha = object_mask.astype(np.float32)
     if core.any():
@@ -279,10 +286,12 @@ def recentre(image: Float[np.ndarray, "h w 4"], size: int, foreground_ratio: flo
     # One pixel of margin keeps the soft edge.
     top, left, bottom, right = max(top - 1, 0), max(left - 1, 0), bottom + 2, right + 2
     crop = image[top:bottom, left:right]
-    height, width = (min(max(round(side * scale), 1), size) for side in crop.shape[:2])
-    centred = np.concatenate([np.ones((size, size, 3)), np.zeros((size, size, 1))], axis=-1).astype(np.float32)
+    height, width = (max(round(side * scale), 1) for side in crop.shape[:2])
+    # Beyond the square there can only be that margin.
     y, x = (size - height) // 2, (size - width) // 2
-    centred[y : y + height, x : x + width] = resize(crop, width, height)
+    inside = resize(crop, width, height)[max(-y, 0) : size - y, max(-x, 0) : size - x]
+    centred = np.concatenate([np.ones((size, size, 3)), np.zeros((size, size, 1))], axis=-1).astype(np.float32)
+    centred[max(y, 0) : max(y, 0) + inside.shape[0], max(x, 0) : max(x, 0) + inside.shape[1]] = inside
     return centred
 
 

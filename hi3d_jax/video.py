@@ -250,7 +250,6 @@ def write_orbit(folder: str | Path, orbit: Orbit) -> None:
     folder = Path(folder)
     (folder / "views").mkdir(parents=True, exist_ok=True)
     names = [f"views/{index:03d}.png" for index in range(len(orbit))]
-    for name, view, alpha in zip(names, orbit.views, orbit.alphas[..., None], strict=True):
-        colour = np.where(alpha > 0, (view - (1 - alpha)) / np.maximum(alpha, 1e-6), 1)
-        images.write_png(folder / name, np.concatenate([np.clip(colour, 0, 1), alpha], axis=-1))
+    for name, view, alpha in zip(names, orbit.views, orbit.alphas, strict=True):
+        images.write_png(folder / name, images.straight_alpha(view, alpha))
     camera_files.write_transforms(folder / "cameras.json", orbit.cameras, names)
