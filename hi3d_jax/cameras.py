@@ -22,6 +22,8 @@ ORBIT_RADIUS = 1.5
 ORBIT_FOV_DEG = math.degrees(2 * math.atan(16 / 35))
 ORBIT_NUM_VIEWS = 16
 
+Numbers = Sequence[float | int] | np.ndarray
+
 
 class CameraError(ValueError):
     """Cameras that cannot be used; the text names the view, the value and the remedy."""
@@ -72,7 +74,7 @@ class Cameras:
         )
 
 
-def intrinsics(fov_deg: float, width: int, height: int) -> Float[np.ndarray, "3 3"]:
+def intrinsics(fov_deg: float | int, width: int, height: int) -> Float[np.ndarray, "3 3"]:
     """`K` of a camera with square pixels and a centred principal point; `fov_deg` spans the image's width."""
     if not 0 < fov_deg < 180:
         raise CameraError(f"field of view {fov_deg} degrees is outside (0, 180)")
@@ -80,7 +82,7 @@ def intrinsics(fov_deg: float, width: int, height: int) -> Float[np.ndarray, "3 
     return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], np.float32)
 
 
-def look_at(position: Sequence[float], target: Sequence[float] = (0, 0, 0), up: Sequence[float] = (0, 0, 1)):
+def look_at(position: Numbers, target: Numbers = (0, 0, 0), up: Numbers = (0, 0, 1)) -> Float[np.ndarray, "4 4"]:
     """`c2w` [4 4] of a camera at `position` that sees `target` at its image centre with `up` pointing up in the image.
 
     Raises `CameraError` when the viewing direction is parallel to `up` or has no length.
@@ -96,7 +98,7 @@ def look_at(position: Sequence[float], target: Sequence[float] = (0, 0, 0), up: 
     return c2w.astype(np.float32)
 
 
-def orbit_position(azimuth_deg: float, elevation_deg: float, radius: float) -> Float[np.ndarray, "3"]:
+def orbit_position(azimuth_deg: float | int, elevation_deg: float | int, radius: float | int) -> Float[np.ndarray, "3"]:
     """The point at these angles on a sphere of `radius` around the origin (z up, azimuth 0 on the x axis)."""
     azimuth, elevation = math.radians(azimuth_deg), math.radians(elevation_deg)
     horizontal = math.cos(elevation)
@@ -104,10 +106,10 @@ def orbit_position(azimuth_deg: float, elevation_deg: float, radius: float) -> F
 
 
 def orbit(
-    azimuths_deg: Sequence[float] | None = None,
-    elevation_deg: float | Sequence[float] = 0.0,
-    radius: float = ORBIT_RADIUS,
-    fov_deg: float = ORBIT_FOV_DEG,
+    azimuths_deg: Numbers | None = None,
+    elevation_deg: float | int | Numbers = 0.0,
+    radius: float | int = ORBIT_RADIUS,
+    fov_deg: float | int = ORBIT_FOV_DEG,
     width: int = 512,
     height: int | None = None,
 ) -> Cameras:
@@ -118,12 +120,15 @@ def orbit(
     if azimuths_deg is None:
         azimuths_deg = np.arange(ORBIT_NUM_VIEWS) * (360 / ORBIT_NUM_VIEWS)
     height = width if height is None else height
-    elevations = np.broadcast_to(np.asarray(elevation_deg, np.float64), (len(azimuths_deg),))
+    azimuths = np.asarray(azimuths_deg, np.float64)
+    elevations = np.broadcast_to(np.asarray(elevation_deg, np.float64), azimuths.shape)
+    if not (np.isfinite(azimuths).all() and len(azimuths)):
+        raise CameraError(f"an orbit needs finite azimuths, not {azimuths_deg}")
     if not (np.abs(elevations) < 90).all():
         raise CameraError(f"elevation {elevation_deg} degrees is outside (-90, 90)")
     if not (math.isfinite(radius) and radius > 0):
         raise CameraError(f"orbit radius {radius} must be a positive number")
-    c2w = np.stack([look_at(orbit_position(a, e, radius)) for a, e in zip(azimuths_deg, elevations, strict=True)])
+    c2w = np.stack([look_at(orbit_position(a, e, radius)) for a, e in zip(azimuths, elevations, strict=True)])
     K = np.broadcast_to(intrinsics(fov_deg, width, height), (len(c2w), 3, 3)).copy()
     return Cameras(c2w, K, width, height)
 
@@ -139,9 +144,11 @@ def between_neighbours(cameras: Cameras, count: int) -> Cameras:
     Neighbours follow each other in azimuth; position angles, distance and intrinsics are interpolated, and the new
     cameras look at the point that the given ones look at most nearly. 16 new views for 16 given ones lie halfway.
     """
-    order = np.argsort(azimuths_deg(cameras))
     target = nearest_point_to_axes(cameras)
-    offsets = cameras.centres[order].astype(np.float64) - target
+    offsets = cameras.centres.astype(np.float64) - target
+    # Rounded, so that azimuth 0 stays first where rounding errors make it a hair less than 360.
+    order = np.argsort(np.degrees(np.arctan2(offsets[:, 1], offsets[:, 0])).round(3) % 360, kind="stable")
+    offsets = offsets[order]
     radii = np.linalg.norm(offsets, axis=1)
     angles = np.unwrap(np.arctan2(offsets[:, 1], offsets[:, 0]))
     elevations = np.arcsin(offsets[:, 2] / radii)
