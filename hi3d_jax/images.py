@@ -182,11 +182,16 @@ def _plain_background(rgb: Float[np.ndarray, "h w 3"]) -> Float[np.ndarray, " 3"
 
 def _key(rgb: Float[np.ndarray, "h w 3"], background: Float[np.ndarray, " 3"]) -> Float[np.ndarray, "h w 4"]:
     """Straight-alpha cut-out of what differs from `background` or is enclosed by what differs."""
-    distance = np.abs(rgb - background).max(-1)
+    difference = rgb - background
+    distance = np.abs(difference).max(-1)
     object_mask = _without_specks(~_background_region(distance))
-    alpha = _soft_alpha(rgb - background, distance, object_mask)
-    colour = background + (rgb - background) / np.maximum(alpha, 1e-3)[..., None]
-    return np.concatenate([np.clip(colour, 0, 1), alpha[..., None]], axis=-1)
+    alpha = _soft_alpha(difference, distance, object_mask)
+    # No colour in [0, 1] explains the pixel with less alpha than this.
+    room = np.where(difference > 0, 1 - background, background)
+    least = (np.abs(difference) - CLEAN_TOLERANCE) / np.maximum(room, 1e-6)
+    alpha = np.where(object_mask, np.clip(least.max(-1), alpha, 1), 0)
+    colour = background + difference / np.maximum(alpha, 1e-3)[..., None]
+    return np.concatenate([np.clip(colour, 0, 1), alpha[..., None]], axis=-1).astype(np.float32)
 
 
 def _background_region(distance: Float[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
