@@ -1,0 +1,46 @@
+"""Model folders and weights files: what they hold, and how networks come out of them."""
+
+from hi3d_jax.pretrained.configs import config_from_dict, config_to_dict
+from hi3d_jax.pretrained.folders import (
+    NetworkWeights,
+    from_pretrained,
+    read_config,
+    resolve,
+    save_pretrained,
+    write_model_folder,
+)
+from hi3d_jax.pretrained.networks import (
+    abstract_network,
+    config_class,
+    network_class,
+    parameters,
+    with_parameters,
+)
+from hi3d_jax.pretrained.safetensors_files import (
+    PretrainedError,
+    Tensors,
+    open_safetensors,
+    open_shards,
+    write_safetensors,
+)
+
+__all__ = [
+    "NetworkWeights",
+    "PretrainedError",
+    "Tensors",
+    "abstract_network",
+    "config_class",
+    "config_from_dict",
+    "config_to_dict",
+    "from_pretrained",
+    "network_class",
+    "open_safetensors",
+    "open_shards",
+    "parameters",
+    "read_config",
+    "resolve",
+    "save_pretrained",
+    "with_parameters",
+    "write_model_folder",
+    "write_safetensors",
+]
