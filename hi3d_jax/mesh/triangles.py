@@ -46,8 +46,8 @@ def check_mesh(mesh: Mesh) -> Mesh:
         raise MeshError(f"{bad} of {len(mesh.vertices)} vertices are NaN or infinite; export the mesh again")
     if mesh.faces.min() < 0 or mesh.faces.max() >= len(mesh.vertices):
         raise MeshError(f"faces name vertex {mesh.faces.max()} of {len(mesh.vertices)}; export the mesh again")
-    if (mesh.texture is None) != (mesh.uvs is None):
-        raise MeshError("a mesh needs both uvs and texture, or neither; unwrap it before giving it a texture")
+    if mesh.texture is not None and mesh.uvs is None:
+        raise MeshError("the mesh has a texture but no texture coordinates; unwrap it before giving it a texture")
     if mesh.uvs is not None and not np.isfinite(mesh.uvs).all():
         raise MeshError("some texture coordinates are NaN or infinite; unwrap the mesh again")
     return mesh
@@ -72,7 +72,11 @@ def corner_angles(mesh: Mesh) -> Float[np.ndarray, "f 3"]:
 
 def same_position(vertices: Float[np.ndarray, "v 3"]) -> Int[np.ndarray, " v"]:
     """For every vertex, the number of its position among the distinct positions (exact comparison)."""
-    return np.unique(vertices, axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.lexsort(vertices.T)
+    ordered = vertices[order]
+    number = np.empty(len(vertices), np.int64)
+    number[order] = np.cumsum(np.r_[False, (ordered[1:] != ordered[:-1]).any(axis=1)])
+    return number
 
 
 def smooth_normals(mesh: Mesh) -> Float[np.ndarray, "v 3"]:
