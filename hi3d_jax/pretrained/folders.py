@@ -46,13 +46,16 @@ def write_model_folder(
 
     `recipe` is what the pipeline has to know beside its networks, as JSON.
     """
+    if not networks:
+        raise PretrainedError(f"{folder}: a model folder needs at least one network")
+    for weights in networks.values():
+        network_class(weights.network.__name__)
     described = {
         name: {"class": weights.network.__name__, "config": config_to_dict(weights.config)}
         for name, weights in networks.items()
     }
     with written_aside(Path(folder)) as aside:
         for name, weights in networks.items():
-            network_class(weights.network.__name__)
             (aside / name).mkdir(parents=True)
             write_shards(aside / name, weights.tensors)
         config = {"recipe": dict(recipe or {}), "networks": described}
@@ -123,11 +126,14 @@ def from_pretrained(
 
 
 def _put(array: np.ndarray, path: str, spec: jax.ShapeDtypeStruct, sharding: Sharding | None) -> jax.Array:
-    """The mapped array on its devices: each device's part is read and cast on its own."""
+    """The mapped array on its devices: each device's part is read and cast on its own.
+
+    `np.array` copies, so that nothing on a CPU "device" depends on the file any more.
+    """
     chosen = sharding(path, spec) if callable(sharding) else sharding
     if chosen is None:
-        return jnp.asarray(np.asarray(array, spec.dtype))
-    return jax.make_array_from_callback(spec.shape, chosen, lambda index: np.asarray(array[index], spec.dtype))
+        return jnp.asarray(np.array(array, spec.dtype))
+    return jax.make_array_from_callback(spec.shape, chosen, lambda index: np.array(array[index], spec.dtype))
 
 
 def _check_parameters(

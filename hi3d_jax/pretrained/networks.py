@@ -48,7 +48,7 @@ def abstract_network(network: type[nnx.Module], config: Any, **dtypes: Any) -> n
 
 def parameters(network: nnx.Module) -> dict[str, Any]:
     """The parameters (arrays, or ShapeDtypeStructs of an abstract network) by dotted path."""
-    return {_dotted(path): param[...] for path, param in nnx.to_flat_state(nnx.state(network, nnx.Param))}
+    return {_dotted(path): param.get_value() for path, param in nnx.to_flat_state(nnx.state(network, nnx.Param))}
 
 
 def with_parameters(network: nnx.Module, values: Callable[[str, jax.ShapeDtypeStruct], Any]) -> nnx.Module:

@@ -69,7 +69,9 @@ def open_safetensors(path: str | Path) -> dict[str, np.ndarray]:
 def write_safetensors(path: str | Path, tensors: Tensors) -> None:
     """Writes one .safetensors file in PyTorch's layouts, tensor by tensor. Raises `PretrainedError`."""
     with written_aside(Path(path)) as aside:
-        _write_shard(aside, tensors.specs, tensors.arrays(), "pt")
+        arrays = tensors.arrays()
+        _write_shard(aside, tensors.specs, arrays, "pt")
+        _finish(arrays)
 
 
 @contextlib.contextmanager
@@ -102,10 +104,16 @@ def _write_shard(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, spec in specs.items():
-            given, array = next(arrays)
+            given, array = next(arrays, (None, np.empty(0)))
             if (given, array.shape, array.dtype) != (name, spec.shape, np.dtype(spec.dtype)):
                 raise PretrainedError(f"{given} {array.shape} {array.dtype} came where {name} {spec} was announced")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _finish(arrays: Iterator[tuple[str, np.ndarray]]) -> None:
+    """Lets the iterator have the last word, which may be that some values were not finite."""
+    for name, _ in arrays:
+        raise PretrainedError(f"{name} came after the last tensor that was announced")
 
 
 def _nbytes(spec: jax.ShapeDtypeStruct) -> int:
@@ -128,9 +136,7 @@ def write_shards(folder: Path, tensors: Tensors) -> None:
     arrays = tensors.arrays()
     for name, shard in zip(names, shards, strict=True):
         _write_shard(folder / name, shard, arrays, "flax")
-    # The iterator may have the last word on values that are not finite.
-    for given, _ in arrays:
-        raise PretrainedError(f"{given} came after the last tensor that was announced")
+    _finish(arrays)
     if len(shards) > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(map(_nbytes, tensors.specs.values()))
@@ -139,6 +145,7 @@ def write_shards(folder: Path, tensors: Tensors) -> None:
 
 
 def open_shards(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors that `write_shards` wrote, as views of the mapped files. Raises `PretrainedError`."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return open_safetensors(folder / "model.safetensors")
