@@ -38,7 +38,7 @@ ByQuality = Annotated[int | None, arg(metavar="INT", help_behavior_hint="(defaul
 
 
 class OutputError(ValueError):
-    """An output folder that cannot be used; the text names it and the remedy."""
+    """Output that cannot be made, or not where it was asked for; the text names it and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Render:
         from hi3d_jax.data.render import load_object, render_orbit, write_orbit
 
         if self.num_views < 1 or not 8 <= self.size <= 8192:
-            raise ValueError(f"{self.num_views} views of {self.size} pixels: need 1 or more views of 8 to 8192 pixels")
+            raise OutputError(f"{self.num_views} views of {self.size} pixels: need 1 or more views of 8 to 8192 pixels")
         renders, cameras = render_orbit(
             load_object(self.mesh),
             azimuths_deg=[360 * view / self.num_views for view in range(self.num_views)],
@@ -212,7 +212,9 @@ def explained(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         remedy = REMEDIES.get(error.errno, "check the path")
         return f"{error.filename or 'writing'}: {error.strerror}; {remedy}"
-    return " ".join(str(error).split())
+    # Our own errors are subclasses; a bare ValueError may come from anywhere.
+    hint = " (HI3D_DEBUG=1 shows where)" if type(error) is ValueError else ""
+    return " ".join(str(error).split()) + hint
 
 
 def prepare_output(folder: Path, resume: bool, source: Path) -> None:

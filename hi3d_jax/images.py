@@ -79,13 +79,15 @@ def opened(path: Path, max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FO
             with Image.open(path, formats=formats) as file:
                 check_size(file.size, path, max_pixels)
                 yield file
-        except ImageError:
+        except (ImageError, MemoryError):
             raise
         except Image.DecompressionBombError as error:
             raise ImageError(f"{path} is too large: {error}; scale it down first") from error
         except Image.UnidentifiedImageError as error:
             raise ImageError(f"{path} is not a {', '.join(formats)} image; convert it to PNG") from error
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+            if isinstance(error, OSError) and error.strerror:
+                raise ImageError(f"{path} cannot be read: {error.strerror}; check the path and permissions") from error
             raise ImageError(f"{path} is truncated or damaged ({error}); export it again") from error
 
 
@@ -197,9 +199,11 @@ def _key(rgb: Float[np.ndarray, "h w 3"], background: Float[np.ndarray, " 3"]) -
 def _background_region(distance: Float[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
     """Pixels like the background that are joined to the border, or that form a gap in the object."""
     flat = _joined_to_border(distance <= CLEAN_TOLERANCE)
-    # How much of the flattest background is still uneven tells a lossy video (2 to 5 %) from clean pixels (below .6 %).
-    unevenness = float((distance[flat] > 1.5 / 255).mean()) if flat.any() else 1.0
-    tolerance = np.interp(unevenness, [0.005, 0.02], [CLEAN_TOLERANCE, NOISY_TOLERANCE])
+    # Within a block of the codec around the object, a lossy video is uneven in 16 % of the background and more (its
+    # ringing), clean pixels in 4 % at most (soft edges): measured on 41 objects.
+    near = flat & (ndimage.distance_transform_edt(flat) <= 8)
+    unevenness = float((distance[near] > 1.5 / 255).mean()) if near.any() else 1.0
+    tolerance = np.interp(unevenness, [0.06, 0.14], [CLEAN_TOLERANCE, NOISY_TOLERANCE])
     similar = distance <= tolerance
     outside = _joined_to_border(similar)
     return outside | _gaps(similar & ~outside, distance, tolerance)

@@ -7,11 +7,12 @@ composited over white, their alpha beside them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -34,7 +35,7 @@ MAX_TOTAL_PIXELS = 128_000_000
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 
 
-class OrbitError(ValueError):
+class OrbitError(images.ImageError):
     """Views or their files that cannot be used; the text names the file or view and the remedy."""
 
 
@@ -116,9 +117,10 @@ def read_frames(path: str | Path) -> Float[np.ndarray, "t h w 4"]:
         return _read_pictures(sorted(pictures, key=_by_number), path)
     images.check_file(path)
     if path.suffix.lower() in VIDEO_SUFFIXES:
-        return _joined(_decode_video(path), path)
+        with contextlib.closing(_decode_video(path)) as frames:
+            return _joined(frames, path)
     if path.suffix.lower() in ANIMATION_SUFFIXES:
-        return _joined(_decode_animation(path), path)
+        return _decode_animation(path)
     raise OrbitError(
         f"{path} is no orbit that can be read; give a video ({' '.join(VIDEO_SUFFIXES)}), an animated picture "
         f"({' '.join(ANIMATION_SUFFIXES)}) or a folder of pictures"
@@ -136,7 +138,7 @@ def _read_pictures(paths: list[Path], folder: Path) -> Float[np.ndarray, "t h w 
     return _joined((images.read_image(path) for path in paths), folder, paths)
 
 
-def _joined(frames: Iterator[np.ndarray], source: Path, names: list[Path] | None = None) -> np.ndarray:
+def _joined(frames: Iterable[np.ndarray], source: Path, names: list[Path] | None = None) -> np.ndarray:
     """Stacks frames [h w 4]; stops reading as soon as one has another size or all together are too large."""
     collected = []
     for index, frame in enumerate(frames):
@@ -147,19 +149,27 @@ def _joined(frames: Iterator[np.ndarray], source: Path, names: list[Path] | None
                 f"{names[index] if names else f'frame {index} of {source}'} is {w} x {h} pixels and the first view "
                 f"{w0} x {h0}; all views must have one size, resize them"
             )
-        if len(collected) * frame.shape[0] * frame.shape[1] > MAX_TOTAL_PIXELS:
-            raise OrbitError(
-                f"the views of {source} have more than {MAX_TOTAL_PIXELS // 10**6} million pixels together; use fewer "
-                "or smaller views"
-            )
+        _check_total(len(collected), frame.shape[1::-1], source)
     return np.stack(collected)
 
 
-def _decode_animation(path: Path) -> Iterator[Float[np.ndarray, "h w 4"]]:
+def _check_total(count: int, size: tuple[int, int], source: Path) -> None:
+    if count * size[0] * size[1] > MAX_TOTAL_PIXELS:
+        raise OrbitError(
+            f"the views of {source} have more than {MAX_TOTAL_PIXELS // 10**6} million pixels together; use fewer or "
+            "smaller views"
+        )
+
+
+def _decode_animation(path: Path) -> Float[np.ndarray, "t h w 4"]:
     with images.opened(path, formats=("GIF", "WEBP", "PNG")) as file:
-        for index in range(getattr(file, "n_frames", 1)):
+        count = getattr(file, "n_frames", 1)
+        _check_total(count, file.size, path)
+        frames = np.empty((count, file.height, file.width, 4), np.float32)
+        for index in range(count):
             file.seek(index)
-            yield images.to_array(file, path)
+            frames[index] = images.to_array(file, path)
+    return frames
 
 
 def _decode_video(path: Path) -> Iterator[Float[np.ndarray, "h w 4"]]:

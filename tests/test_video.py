@@ -266,8 +266,10 @@ def test_huge_video_frames_are_refused_by_the_decoder(tmp_path, ball, monkeypatc
 
 def test_too_many_pixels_in_total_are_refused(tmp_path, ball, folder, monkeypatch):
     video.write_mp4(tmp_path / "a.mp4", ball.views)
+    video.write_gif(tmp_path / "a.gif", ball.views)
     monkeypatch.setattr(video, "MAX_TOTAL_PIXELS", 10 * 64 * 64)
     refused(tmp_path / "a.mp4", "fewer or smaller views")
+    refused(tmp_path / "a.gif", "fewer or smaller views")
     refused(folder, "fewer or smaller views")
 
 
@@ -294,6 +296,8 @@ def test_what_is_no_orbit_at_all_says_what_would_be(tmp_path):
     refused(tmp_path / "mesh.glb", "no orbit that can be read")
     refused(tmp_path / "zero.mp4", "is empty", ImageError)
     refused(tmp_path / "missing.mp4", "cannot be read: No such file", ImageError)
+    (tmp_path / "words.gif").write_text("GIF89a, but no more")
+    refused(tmp_path / "words.gif", "truncated or damaged|convert it", ImageError)
     refused("https://example.org/orbit.mp4", "download the file first", ImageError)
 
 
