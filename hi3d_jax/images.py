@@ -155,9 +155,10 @@ def matte(image: Float[np.ndarray, "h w 4"], method: Matting = "auto") -> Float[
     elif method == "rembg":
         cut = _ask_rembg(image)
     else:
-        background = _plain_background(image[..., :3])
+        opaque = over_white(image)
+        background = _plain_background(opaque)
         if background is not None:
-            cut = _key(image[..., :3], background)
+            cut = _key(opaque, background)
         elif method == "key":
             raise ImageError("the background is not of one plain colour; use an image with alpha, or matting 'rembg'")
         else:
@@ -224,11 +225,13 @@ def _gaps(enclosed: Bool[np.ndarray, "h w"], distance: Float[np.ndarray, "h w"],
     a gap would be carved through the whole object, a gap taken for a part costs little: in doubt it stays.
     """
     labels, _ = ndimage.label(enclosed)
+    boxes = ndimage.find_objects(labels)
+    large = np.bincount(labels.ravel()) >= max(GAP_AREA * enclosed.size, 4)
     gaps = np.zeros_like(enclosed)
-    for label, box in enumerate(ndimage.find_objects(labels), start=1):
-        window = tuple(slice(max(side.start - 4, 0), side.stop + 4) for side in box)
+    for label in np.flatnonzero(large[1:]) + 1:
+        window = tuple(slice(max(side.start - 4, 0), side.stop + 4) for side in boxes[label - 1])
         part = labels[window] == label
-        if part.sum() < max(GAP_AREA * enclosed.size, 4) or distance[window][part].mean() > tolerance / 2:
+        if distance[window][part].mean() > tolerance / 2:
             continue
         around = ndimage.binary_dilation(part, iterations=4) & ~ndimage.binary_dilation(part, iterations=2)
         if np.quantile(distance[window][around], 0.2) > GAP_CONTRAST:
