@@ -6,8 +6,8 @@ import trimesh
 from PIL import Image
 
 from hi3d_jax.cameras import orbit, read_transforms
-from hi3d_jax.data import load_object, normalise, render_orbit, write_orbit
-from hi3d_jax.mesh import Mesh, MeshError, render
+from hi3d_jax.data import example_mesh, load_object, normalise, render_orbit, write_orbit
+from hi3d_jax.mesh import Mesh, MeshError, mesh_report, render
 
 
 def box_scene():
@@ -118,3 +118,14 @@ def test_bad_files_are_refused_with_a_remedy(tmp_path):
     ]:
         with pytest.raises(MeshError, match=message):
             load_object(tmp_path / name)
+
+
+def test_the_example_is_one_closed_textured_body_with_a_front():
+    mesh = example_mesh(num_faces=6000, texture_size=256, resolution=96)
+    report = mesh_report(mesh)
+    assert (report.watertight, report.components) == (True, 1)
+    np.testing.assert_allclose(np.ptp(mesh.vertices, axis=0).max(), 1, atol=1e-6)
+    front, back = render(mesh, orbit([0.0, 180.0], width=64)).views
+    yellow = [(np.abs(view - np.float32([0.97, 0.80, 0.22])).max(axis=-1) < 0.12).sum() for view in (front, back)]
+    assert yellow[0] > 10
+    assert yellow[1] == 0

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import trimesh
 
 from hi3d_jax.cameras import look_at, orbit, pixel_rays
 from hi3d_jax.mesh import Mesh, MeshError, RayCaster, creased_normals, depth_maps, render, smooth_normals
@@ -7,15 +8,11 @@ from hi3d_jax.mesh.render import linear_to_srgb, sample_texture, soft_light, srg
 
 
 def icosphere(subdivisions=4, radius=0.4):
-    import trimesh
-
     sphere = trimesh.creation.icosphere(subdivisions, radius)
     return Mesh(sphere.vertices.astype(np.float32), sphere.faces.astype(np.int32))
 
 
 def cube(side=0.6):
-    import trimesh
-
     box = trimesh.creation.box((side, side, side))
     return Mesh(box.vertices.astype(np.float32), box.faces.astype(np.int32))
 

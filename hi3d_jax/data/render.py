@@ -16,8 +16,7 @@ from PIL import Image
 
 from hi3d_jax.cameras import ORBIT_FOV_DEG, ORBIT_RADIUS, Cameras, orbit, write_transforms
 from hi3d_jax.images import write_png, written_aside
-from hi3d_jax.mesh import Mesh, MeshError, Renders, read_mesh, render
-from hi3d_jax.mesh.triangles import face_normals
+from hi3d_jax.mesh import Mesh, MeshError, Renders, face_normals, read_mesh, render
 
 # Depth files hold units of 1/10000 of the object's longest side; 0 is empty.
 DEPTH_UNITS = 10_000

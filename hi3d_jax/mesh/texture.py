@@ -24,7 +24,7 @@ from hi3d_jax.mesh.triangles import Mesh, MeshError, check_mesh, same_position, 
 from hi3d_jax.mesh.view_blending import ViewBlender
 
 # Below this score a texel's colour fades into the diffused one.
-TRUSTED_SCORE = 0.02
+TRUSTED_SCORE = 0.1
 TEXELS_PER_CHUNK = 1 << 17
 
 
@@ -115,7 +115,8 @@ def _diffuse(mesh: Mesh, texels: Texels, colours, trust) -> Float[np.ndarray, "v
         np.bincount(corners.reshape(-1), weights=(weights * colours[:, c : c + 1]).reshape(-1), minlength=num)
         for c in range(3)
     ]
-    seen = total > 0.05
+    around = np.bincount(corners.reshape(-1), weights=texels.barycentric.reshape(-1), minlength=num)
+    seen = total > 0.3 * np.maximum(around, 1e-6)
     values = np.stack(sums, axis=1) / np.maximum(total, 1e-12)[:, None]
     values[~seen] = GREY
     faces = position[mesh.faces]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -119,7 +120,7 @@ def _without_unused(vertices, faces) -> Mesh:
 
 
 def _closed(mesh: Mesh) -> Mesh:
-    """Removes faces at edges that too many faces share, fills the holes; a few rounds, since one can cause the other."""
+    """Removes faces at edges that too many share and fills holes; a few rounds, since one can cause the other."""
     for _ in range(REPAIR_ROUNDS):
         mesh = _fill_holes(_without_crowded_edges(mesh))
         if _is_closed(mesh.faces):
@@ -177,7 +178,7 @@ def _loops(open_edges: Int[np.ndarray, "e 2"]) -> list[Int[np.ndarray, " n"]]:
             place[vertex] = len(path)
             path.append(vertex)
         # The loop begins where the path meets itself; what led there is put back.
-        for start, end in zip(path[: place[vertex]], path[1:], strict=False):
+        for start, end in itertools.pairwise(path[: place[vertex] + 1]):
             onward.setdefault(start, []).append(end)
         loop = path[place[vertex] :]
         if len(loop) > MAX_HOLE_EDGES:

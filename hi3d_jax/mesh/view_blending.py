@@ -20,13 +20,15 @@ from hi3d_jax.mesh.render import depth_maps
 from hi3d_jax.mesh.triangles import Mesh
 
 # All lengths in pictures are fractions of the picture's width.
-EDGE_WIDTH = 0.016
+EDGE_WIDTH = 0.012
 BROAD_SIGMA = 0.012
 # A jump in depth between neighbouring pixels, in world units per pixel width at the object's distance.
 DEPTH_JUMP = 4.0
 # How sharply the best view wins, as powers of the score relative to the best one.
-BROAD_POWER, DETAIL_POWER = 3.0, 12.0
+BROAD_POWER, DETAIL_POWER = 2.0, 6.0
 GRAZING = 0.08
+# The share of a view at an edge: it decides only where there is no other.
+UNTRUSTED = 1e-4
 # Start of the rays that look for an obstacle, off the surface, in world units.
 RAY_OFFSET = 2e-3
 
@@ -63,7 +65,7 @@ class ViewBlender:
             pixels, _ = project(points[seen], self._cameras[view : view + 1])
             samples = _bilinear(self._pictures[view], pixels[0])
             alpha = samples[:, 7]
-            scores[view, seen] = cosine[seen] * samples[:, 8] * alpha
+            scores[view, seen] = cosine[seen] * samples[:, 8] * alpha**4
             broad[view, seen] = samples[:, 0:3] / np.maximum(samples[:, 3:4], 1e-3)
             detail[view, seen] = samples[:, 4:7] / np.maximum(alpha, 1e-3)[:, None] - broad[view, seen]
         best = scores.max(axis=0)
@@ -112,8 +114,9 @@ def _edge_trust(depths, alphas, cameras: Cameras) -> Float[np.ndarray, "t h w"]:
             middle[axis] = slice(1, -1)
             inside[tuple(middle)] &= ~curvature
         distance = distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
-        part = np.clip(distance / (EDGE_WIDTH * alpha.shape[1]), 0, 1)
-        trust[view] = np.maximum(part * part * (3 - 2 * part), 1e-3)
+        # The outermost pixel is mixed with what lies behind it.
+        part = np.clip((distance - 1) / (EDGE_WIDTH * alpha.shape[1]), 0, 1)
+        trust[view] = np.maximum(part * part * (3 - 2 * part), UNTRUSTED)
     return trust
 
 
