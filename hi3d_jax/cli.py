@@ -26,8 +26,8 @@ ORBIT_FOV_DEG = 49.13434264120263
 ORBIT_NUM_VIEWS = 16
 
 REMEDIES = {
-    errno.ENOSPC: "free some space, then continue with --resume",
-    errno.EDQUOT: "free some space, then continue with --resume",
+    errno.ENOSPC: "free some space and try again",
+    errno.EDQUOT: "free some space and try again",
     errno.EACCES: "check the permissions or choose another folder",
     errno.EPERM: "check the permissions or choose another folder",
     errno.EROFS: "choose a folder that can be written",
@@ -193,14 +193,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command.run()
     except KeyboardInterrupt:
-        print("hi3d: interrupted; what is finished is kept, continue with --resume", file=sys.stderr)
+        print(f"hi3d: interrupted{way_back(command)}", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if os.environ.get("HI3D_DEBUG") == "1" or not (text := explained(error)):
             raise
-        print(f"hi3d: error: {text}", file=sys.stderr)
+        print(f"hi3d: error: {text}{way_back(command) if isinstance(error, OSError) else ''}", file=sys.stderr)
         return 2
     return 0
+
+
+def way_back(command: Reconstruct | Render) -> str:
+    """How to go on after an interruption, for commands that keep what they finished."""
+    return "; what is finished is kept, continue with --resume" if hasattr(command, "resume") else ""
 
 
 def explained(error: Exception) -> str:

@@ -127,7 +127,10 @@ def test_what_the_quality_decides_is_not_overridden(orbit_folder, tmp_path, stag
     ("error", "message"),
     [
         (ValueError("view 3:\n  shows nothing"), "view 3: shows nothing"),
-        (OSError(errno.ENOSPC, "No space left on device", "out/mesh.glb"), "No space left on device; free some space"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/mesh.glb"),
+            "free some space and try again; what is finished is kept, continue with --resume",
+        ),
         (
             PermissionError(errno.EACCES, "Permission denied", "out/a"),
             "out/a: Permission denied; check the permissions",
@@ -159,6 +162,14 @@ def test_interrupting_names_the_way_back(orbit_folder, tmp_path, stage, capsys):
     code, stderr = run(capsys, "reconstruct", orbit_folder, "-o", tmp_path / "out")
     assert code == 130
     assert stderr == "hi3d: interrupted; what is finished is kept, continue with --resume\n"
+
+
+def test_commands_that_cannot_resume_do_not_promise_it(tmp_path, monkeypatch, capsys):
+    for error, code in ((KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left on device", "a"), 2)):
+        monkeypatch.setattr(cli.Render, "run", lambda self, error=error: (_ for _ in ()).throw(error))
+        found, stderr = run(capsys, "render", "a.glb", "-o", tmp_path)
+        assert found == code
+        assert "--resume" not in stderr
 
 
 def test_a_bad_orbit_is_one_line(tmp_path, stage, capsys):
