@@ -90,15 +90,19 @@ class DPT(nnx.Module):
             raise ValueError(
                 f"DPT got images of {height} x {width}; its sides must be multiples of 32: use depth_input"
             )
-        maps, taps = self.encoder(images)
-        grid = height // STRIDE, width // STRIDE
-        maps = maps + [readout(tap, *grid) for readout, tap in zip(self.readouts, taps, strict=True)]
-        maps = [conv(x) for conv, x in zip(self.convs, maps, strict=True)]
+        maps = self.feature_maps(images)
         x = self.fusions[3](maps[3])
         for index in (2, 1, 0):
             x = self.fusions[index](x, maps[index])
         x = jax.nn.relu(self.head_conv2(double(self.head_conv1(x))))
         return jax.nn.relu(self.head_out(x))[..., 0]
+
+    def feature_maps(self, images: Float[Array, "b h w 3"]) -> list[Float[Array, "b _ _ c"]]:
+        """The four maps to be fused, at 1/4, 1/8, 1/16 and 1/32 of the image."""
+        maps, taps = self.encoder(images)
+        grid = images.shape[1] // STRIDE, images.shape[2] // STRIDE
+        maps = maps + [readout(tap, *grid) for readout, tap in zip(self.readouts, taps, strict=True)]
+        return [conv(x) for conv, x in zip(self.convs, maps, strict=True)]
 
 
 def double(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
