@@ -264,7 +264,8 @@ def plan_export(params: Mapping[str, Any], rules: Sequence[Rule]) -> Plan:
     def make(key: str) -> np.ndarray:
         rule, found = parts[key]
         pieces = [rule.transform.inverse(_row(params, *found[part])) for part in sorted(found)]
-        return np.array(pieces[0], order="C") if len(pieces) == 1 else np.concatenate(pieces)
+        # In C order whatever the order of the pieces: safetensors writes the bytes as they lie in memory.
+        return np.array(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), order="C")
 
     return Plan(specs, make)
 

@@ -98,6 +98,7 @@ def test_a_round_trip_is_bit_equal_and_keeps_the_source_dtype(dtype):
     assert back.keys() == weights.keys()
     for name, array in weights.items():
         assert back[name].shape == array.shape
+        assert back[name].flags.c_contiguous
         assert back[name].tobytes() == array.tobytes()
 
 

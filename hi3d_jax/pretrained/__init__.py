@@ -5,6 +5,7 @@ from hi3d_jax.pretrained.folders import (
     NetworkWeights,
     from_pretrained,
     read_config,
+    read_networks,
     resolve,
     save_pretrained,
     write_model_folder,
@@ -22,6 +23,7 @@ from hi3d_jax.pretrained.safetensors_files import (
     open_safetensors,
     open_shards,
     write_safetensors,
+    written_aside,
 )
 
 __all__ = [
@@ -38,9 +40,11 @@ __all__ = [
     "open_shards",
     "parameters",
     "read_config",
+    "read_networks",
     "resolve",
     "save_pretrained",
     "with_parameters",
     "write_model_folder",
     "write_safetensors",
+    "written_aside",
 ]

@@ -97,6 +97,18 @@ def read_config(source: str | Path) -> dict[str, Any]:
     return config
 
 
+def read_networks(source: str | Path) -> dict[str, tuple[type[nnx.Module], Any]]:
+    """The class and the config of each network of a model folder. Raises `PretrainedError`."""
+    networks = {}
+    for name, described in read_config(source)["networks"].items():
+        try:
+            cls, fields = network_class(described["class"]), described["config"]
+        except (KeyError, TypeError) as error:
+            raise PretrainedError(f"config.json of {source}: network {name!r} needs a class and a config") from error
+        networks[name] = cls, config_from_dict(config_class(cls), fields, f"{name}.config")
+    return networks
+
+
 def from_pretrained(
     source: str | Path,
     network: str,
@@ -111,14 +123,10 @@ def from_pretrained(
     `param_dtype` what its parameters are stored in (None: the same). `sharding` is one for all parameters or a function
     of (dotted path, shape and dtype); None puts them on the default device. Raises `PretrainedError`.
     """
-    described = read_config(source)["networks"]
+    described = read_networks(source)
     if network not in described:
         raise PretrainedError(f"{source} has no network {network!r}; it has {', '.join(described) or 'none'}")
-    try:
-        cls = network_class(described[network]["class"])
-        config = config_from_dict(config_class(cls), described[network]["config"], f"{network}.config")
-    except (KeyError, TypeError) as error:
-        raise PretrainedError(f"config.json of {source}: network {network!r} needs a class and a config") from error
+    cls, config = described[network]
     abstract = abstract_network(cls, config, dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype)
     arrays = open_shards(resolve(source, (network,)) / network)
     _check_parameters(f"{source}, {network}", parameters(abstract), arrays)

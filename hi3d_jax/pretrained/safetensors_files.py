@@ -144,11 +144,11 @@ def write_shards(folder: Path, tensors: Tensors) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
-def open_shards(folder: Path) -> dict[str, np.ndarray]:
+def open_shards(folder: Path, stem: str = "model") -> dict[str, np.ndarray]:
     """The tensors that `write_shards` wrote, as views of the mapped files. Raises `PretrainedError`."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / f"{stem}.safetensors.index.json"
     if not index.exists():
-        return open_safetensors(folder / "model.safetensors")
+        return open_safetensors(folder / f"{stem}.safetensors")
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         names = sorted(set(weight_map.values()))
