@@ -51,7 +51,7 @@ def update(
     return Gaussians(**{name: moved(name) for name in rates}), Moments(first, second, count)
 
 
-def forget(moments: Moments, which: Bool[Array, "n"]) -> Moments:
+def forget(moments: Moments, which: Bool[Array, " n"]) -> Moments:
     """Zero moments for the chosen Gaussians."""
 
     def cleared(values):

@@ -22,7 +22,7 @@ QUADRATURE_NODES = 64
 QUADRATURE_END = 6.0
 
 
-def relocate(key: PRNGKeyArray, gaussians: Gaussians) -> tuple[Gaussians, Bool[Array, "n"]]:
+def relocate(key: PRNGKeyArray, gaussians: Gaussians) -> tuple[Gaussians, Bool[Array, " n"]]:
     """Dead Gaussians moved onto live ones, and which ones changed: the moved and those they were copied from."""
     opacities = gaussians.opacities
     dead = opacities <= DEAD_OPACITY
@@ -47,7 +47,7 @@ def relocate(key: PRNGKeyArray, gaussians: Gaussians) -> tuple[Gaussians, Bool[A
     return jax.tree.map(lambda new, old: _select(changed, new, old), corrected, gaussians), changed
 
 
-def split(opacity: Float[Array, "n"], copies: Float[Array, "n"]) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
+def split(opacity: Float[Array, " n"], copies: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     """Opacity of each of `copies` equal Gaussians that replace one of `opacity`, and the factor on their scales.
 
     Equal opacity at the centre: (1 - new)^copies = 1 - opacity (eq. 8). Equal integral along a line (eq. 9): the paper

@@ -196,7 +196,7 @@ def _view_order(num_views: int, config: FitConfig) -> np.ndarray:
 
 
 def _extent(cameras: Cameras) -> float:
-    """Half the size, in world units, of what a camera sees around the point where it is nearest to the orbit's centre."""
+    """Half the width, in world units, of what the cameras see at the centre of their orbit."""
     distances = np.linalg.norm(cameras.centres - cameras.centres.mean(axis=0), axis=1)
     return max(float(np.median(distances)) * cameras.width / 2 / float(np.median(cameras.K[:, 0, 0])), 1e-6)
 

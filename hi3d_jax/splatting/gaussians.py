@@ -28,7 +28,7 @@ class Gaussians:
     means: Float[Array, "n 3"]
     quats: Float[Array, "n 4"]
     log_scales: Float[Array, "n 3"]
-    opacity_logits: Float[Array, "n"]
+    opacity_logits: Float[Array, " n"]
     sh: Float[Array, "n k 3"]
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class Gaussians:
         return jax.numpy.exp(self.log_scales)
 
     @property
-    def opacities(self) -> Float[Array, "n"]:
+    def opacities(self) -> Float[Array, " n"]:
         """Opacity at the centre, in (0, 1)."""
         return jax.nn.sigmoid(self.opacity_logits)
 

@@ -41,8 +41,8 @@ class Footprints:
 
     means2d: Float[Array, "n 2"]
     whitening: Float[Array, "n 3"]
-    depths: Float[Array, "n"]
-    opacities: Float[Array, "n"]
+    depths: Float[Array, " n"]
+    opacities: Float[Array, " n"]
     colours: Float[Array, "n 3"]
     half_extents: Float[Array, "n 2"]
 

@@ -60,7 +60,7 @@ def render(
     K: Float[Array, "3 3"],
     width: int,
     height: int,
-    background: float | Float[Array, "3"] = 1.0,
+    background: float | Float[Array, " 3"] = 1.0,
     capacity: Capacity | None = None,
 ) -> Rendering:
     """Draws the Gaussians as seen by one camera; differentiable in `gaussians`.
@@ -228,7 +228,7 @@ def _moments_of_step(features, transmittance, behind, gradients, alpha_gradient)
         red, green, blue, depth = gaussian[6:, :, None]
         q = red * gradients[0] + green * gradients[1] + blue * gradients[2] + depth * gradients[3] + alpha_gradient
         behind = behind - weight * q
-        # Where alpha is cut at MAX_ALPHA it does not depend on the Gaussian's shape; where it is zero, alpha is a factor.
+        # Cut at MAX_ALPHA, alpha does not depend on the Gaussian; where it is zero, it is a factor.
         slope = jnp.where(live & (alpha < MAX_ALPHA), (transmittance * q - behind / (1 - alpha)) * alpha, 0.0)
         transmittance = transmittance * (1 - alpha)
         values.append(jnp.concatenate([polynomials @ slope.T, jnp.einsum("tp,ctp->ct", weight, gradients)]))

@@ -21,7 +21,7 @@ def render(
     K: Float[Array, "3 3"],
     width: int,
     height: int,
-    background: float | Float[Array, "3"] = 1.0,
+    background: float | Float[Array, " 3"] = 1.0,
 ) -> Rendering:
     """What `rasterize.render` must return, in memory and time proportional to Gaussians times pixels."""
     local = gaussians.means @ w2c[:3, :3].T + w2c[:3, 3]

@@ -10,8 +10,7 @@ from jaxtyping import Float
 
 MAX_DEGREE = 3
 
-# Normalisation of the real spherical harmonics: sqrt((2l+1)/(4 pi) (l-|m|)!/(l+|m|)!) times sqrt(2) for m != 0, with the
-# constants of the Legendre polynomials folded in.
+# sqrt((2l+1)/(4 pi) (l-|m|)!/(l+|m|)!), times sqrt(2) for m != 0, times the constants of the Legendre polynomials.
 DEGREE_0 = 0.28209479177387814
 DEGREE_1 = 0.4886025119029199
 DEGREE_2 = (1.0925484305920792, 0.31539156525252005, 0.5462742152960396)
@@ -33,7 +32,7 @@ def degree_of(coefficients: int) -> int:
     raise ValueError(f"{coefficients} spherical harmonics coefficients per channel; expected 1, 4, 9 or 16")
 
 
-def basis(directions: Float[Array, "n 3"], degree: int) -> list[Float[Array, "n"]]:
+def basis(directions: Float[Array, "n 3"], degree: int) -> list[Float[Array, " n"]]:
     """The basis functions at unit `directions`, one array per coefficient."""
     x, y, z = directions[:, 0], directions[:, 1], directions[:, 2]
     values = [jnp.full_like(x, DEGREE_0)]

@@ -16,7 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from hi3d_jax.splatting.projection import Footprints
 
@@ -56,9 +56,9 @@ class TileLists:
     """
 
     members: Int[Array, "s k t"]
-    first_steps: Int[Array, "_"]
+    first_steps: Int[Array, " _"]
     tiles: Int[Array, "g t"]
-    needed: Int[Array, "2"]
+    needed: Int[Array, " 2"]
     overflow: Bool[Array, ""]
 
 
@@ -67,7 +67,7 @@ def tile_grid(width: int, height: int) -> tuple[int, int]:
     return -(-width // TILE), -(-height // TILE)
 
 
-def needed_capacity(footprints: Footprints, width: int, height: int) -> Int[Array, "2"]:
+def needed_capacity(footprints: Footprints, width: int, height: int) -> Int[Array, " 2"]:
     """Pairs and steps that `bin_footprints` will need, counted without listing them."""
     counts = _counts_per_tile(*_touched(footprints, width, height), *tile_grid(width, height))
     _, steps = _group(counts)
@@ -109,7 +109,7 @@ def _touched(footprints: Footprints, width: int, height: int) -> tuple[Int[Array
     return first, jnp.where(drawn[:, None], last.astype(jnp.int32), none[:, 1:])
 
 
-def _counts_per_tile(first, last, columns, rows) -> Int[Array, "_"]:
+def _counts_per_tile(first, last, columns, rows) -> Int[Array, " _"]:
     """Gaussians per tile, row-major: rectangles marked at their corners, then summed along both axes."""
     drawn = (last[:, 0] >= first[:, 0]).astype(jnp.int32)
     left, top, right, bottom = first[:, 0], first[:, 1], last[:, 0] + 1, last[:, 1] + 1
@@ -119,7 +119,7 @@ def _counts_per_tile(first, last, columns, rows) -> Int[Array, "_"]:
     return jnp.cumsum(jnp.cumsum(marks, axis=0), axis=1)[:rows, :columns].reshape(-1)
 
 
-def _sorted_pairs(first, last, columns, rows, capacity) -> Int[Array, "_"]:
+def _sorted_pairs(first, last, columns, rows, capacity) -> Int[Array, " _"]:
     """Pairs packed as (tile << rank bits) | rank, sorted; `first` and `last` come in the order of depth."""
     count = first.shape[0]
     rank_bits = _rank_bits(count)
@@ -144,7 +144,7 @@ def _rank_bits(count: int) -> int:
     return max(count - 1, 1).bit_length()
 
 
-def _group(counts) -> tuple[Int[Array, "g t"], Int[Array, "g"]]:
+def _group(counts) -> tuple[Int[Array, "g t"], Int[Array, " g"]]:
     """Tiles in groups by falling length of their lists, and the steps each group takes."""
     per_round = GROUP * LANES
     padded = math.ceil(counts.shape[0] / per_round) * per_round
