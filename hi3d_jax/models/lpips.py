@@ -54,7 +54,7 @@ class LPIPSConfig:
 
     @classmethod
     def alex(cls) -> "LPIPSConfig":
-        """AlexNet: fast, and closest to human judgement in the paper's tables."""
+        """AlexNet: fast, and the default of the original code."""
         return cls("alex")
 
     @classmethod
