@@ -21,19 +21,39 @@ def test_the_transformers_folder_of_dpt_states_its_sizes():
     assert part.rules is dpt.TRANSFORMERS_RULES
 
 
-@pytest.mark.parametrize(("stage", "unet"), [(1, 1_524_623_082), (2, 1_524_321_322)])
-def test_the_official_checkpoints_are_covered_at_full_size(shared, stage, unet):
-    """Names and shapes of the released files, as arrays of zeros that take no memory."""
-    manifest = json.loads((shared / f"fixtures/official/state_dict_stage{stage}.json").read_text())
+FIXTURES = Path(__file__).parent / "fixtures"
+COPY = "conditioner.embedders.3.encoder."
+
+
+def released(stage: int) -> dict[str, np.ndarray]:
+    """The released file of a stage, with its names and shapes, as zeros that take no memory."""
+    networks = json.loads((FIXTURES / "network_manifest.json").read_text())
+    shapes = networks["stage1"] | (networks["stage2"] if stage == 2 else {})
+    shapes |= {COPY + key.removeprefix("first_stage_model."): shapes[key] for key in shapes if key.startswith("first")}
+    shapes |= json.loads((FIXTURES / "conditioner_manifest.json").read_text())
+    # The aesthetic score is stage 1's, the depth stage 2's.
+    other = f"conditioner.embedders.{3 - stage}."
     zero = np.zeros((), np.float16)
-    weights = {key: np.broadcast_to(zero, shape) for key, shape in manifest["shapes"].items()}
-    converted = prepare([Opened(Path("released.pt"), weights, None)])
+    return {key: np.broadcast_to(zero, shape) for key, shape in shapes.items() if not key.startswith(other)}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_official_manifests_are_these(shared, stage):
+    manifest = json.loads((shared / f"fixtures/official/state_dict_stage{stage}.json").read_text())["shapes"]
+    assert {key: list(array.shape) for key, array in released(stage).items()} == manifest
+
+
+@pytest.mark.parametrize(("stage", "unet"), [(1, 1_524_623_082), (2, 1_524_321_322)])
+def test_the_official_checkpoints_are_covered_at_full_size(stage, unet):
+    converted = prepare([Opened(Path("released.pt"), released(stage), None)])
     assert converted.recipe == {"name": "official", "stage": stage}
     counts = {
         name: sum(int(np.prod(spec.shape)) for spec in network.tensors.specs.values())
         for name, network in converted.networks.items()
     }
-    assert counts["unet"] == unet
-    assert counts["vae"] == manifest["tensors_and_params"]["first_stage_model"][1]
-    assert {"image_encoder", "aesthetic_encoder" if stage == 1 else "depth"} <= set(counts)
-    assert "conditioning_vae" not in counts
+    assert (counts["unet"], counts["vae"]) == (unet, 83_653_863)
+    # The text tower of 52 M parameters' leftovers stays behind, the visual tower of ViT-H/14 is whole.
+    assert counts["image_encoder"] == 632_076_800
+    assert set(counts) == {"unet", "vae", "image_encoder"} | (
+        {"aesthetic_encoder", "aesthetic_predictor"} if stage == 1 else {"depth"}
+    )
