@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from converters.rules import Rule, conv1x1_as_linear, conv2d, conv3d, keep, linear
-from converters.svd_unet import Layer, layer_rules
+from converters.svd_unet import Layer, layer_rules, require
 from hi3d_jax.models.vae import AutoencoderConfig, TemporalDecoderConfig
 
 SGM_RESNET: Sequence[Layer] = (
@@ -130,12 +130,13 @@ def temporal_diffusers_rules(config: TemporalDecoderConfig) -> list[Rule]:
 def config_from_diffusers(config: Mapping[str, Any]) -> AutoencoderConfig:
     """The autoencoder that a diffusers `vae/config.json` describes: an image or a temporal-decoder one.
 
-    Raises ValueError for a config of another class.
+    Raises ValueError for a config of another class or without a needed entry.
     """
     classes = {"AutoencoderKL": AutoencoderConfig, "AutoencoderKLTemporalDecoder": TemporalDecoderConfig}
     name = config.get("_class_name")
     if name not in classes:
         raise ValueError(f"_class_name is {name!r}: only {' and '.join(classes)} can be converted")
+    require(config, "in_channels", "latent_channels", "block_out_channels", "layers_per_block", "scaling_factor")
     return classes[name](
         image_channels=config["in_channels"],
         latent_channels=config["latent_channels"],

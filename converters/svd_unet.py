@@ -151,11 +151,24 @@ def diffusers_rules(config: UNetConfig) -> list[Rule]:
 def config_from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
     """The network that a diffusers `unet/config.json` describes, with the epsilons diffusers computes it with.
 
-    Raises ValueError for a config of another class or with settings this network does not have.
+    Raises ValueError for a config of another class, without a needed entry, or with settings we do not have.
     """
     name = config.get("_class_name")
     if name != "UNetSpatioTemporalConditionModel":
         raise ValueError(f"_class_name is {name!r}: only a UNetSpatioTemporalConditionModel can be converted")
+    require(
+        config,
+        "in_channels",
+        "out_channels",
+        "projection_class_embeddings_input_dim",
+        "cross_attention_dim",
+        "block_out_channels",
+        "num_attention_heads",
+        "down_block_types",
+        "up_block_types",
+        "layers_per_block",
+        "transformer_layers_per_block",
+    )
     channels = tuple(config["block_out_channels"])
     attention = tuple(block.startswith("CrossAttn") for block in config["down_block_types"])
     if attention[::-1] != tuple(block.startswith("CrossAttn") for block in config["up_block_types"]):
@@ -172,6 +185,14 @@ def config_from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
         transformer_layers=_single("transformer_layers_per_block", config),
         attention_down_and_up_epsilon=1e-6,
     )
+
+
+def require(config: Mapping[str, Any], *names: str) -> None:
+    """Raises ValueError where a diffusers config lacks one of the entries."""
+    if missing := [name for name in names if name not in config]:
+        raise ValueError(
+            f"the diffusers config lacks {', '.join(missing)}: is it this network's config.json, complete?"
+        )
 
 
 def _per_level(name: str, config: Mapping[str, Any], levels: int) -> tuple[int, ...]:

@@ -97,9 +97,10 @@ class UNet(nnx.Module):
         self.time_embedding = TimestepEmbedding(first, emb_dim, **kwargs)
         self.add_embedding = TimestepEmbedding(config.vector_dim, emb_dim, **kwargs)
         self.conv_in = Conv(config.in_channels, first, **kwargs)
-        self.down_blocks, skip_channels = self._make_down_blocks(kwargs)
+        down_blocks, skip_channels = self._make_down_blocks(kwargs)
+        self.down_blocks = nnx.List(down_blocks)
         self.mid_block = MidBlock(self._block_config(-1, config.epsilon), **kwargs)
-        self.up_blocks = self._make_up_blocks(skip_channels, kwargs)
+        self.up_blocks = nnx.List(self._make_up_blocks(skip_channels, kwargs))
         self.conv_norm_out = GroupNorm(first, epsilon=config.epsilon, **kwargs)
         self.conv_out = Conv(first, config.out_channels, zero=True, **kwargs)
 
@@ -115,7 +116,7 @@ class UNet(nnx.Module):
             remat=config.remat,
         )
 
-    def _make_down_blocks(self, kwargs: dict) -> tuple[nnx.List, list[int]]:
+    def _make_down_blocks(self, kwargs: dict) -> tuple[list[DownBlock], list[int]]:
         """The encoder, and the channels of the features it keeps for the decoder, in the order made."""
         config, blocks = self.config, []
         channels = config.block_channels[0]
@@ -128,9 +129,9 @@ class UNet(nnx.Module):
             blocks.append(make(block, channels, config.layers_per_block, **kwargs))
             channels = block.channels
             skips += [channels] * (config.layers_per_block + (not last))
-        return nnx.List(blocks), skips
+        return blocks, skips
 
-    def _make_up_blocks(self, skips: list[int], kwargs: dict) -> nnx.List:
+    def _make_up_blocks(self, skips: list[int], kwargs: dict) -> list[UpBlock]:
         config, blocks, skips = self.config, [], list(skips)
         channels = config.block_channels[-1]
         for level in reversed(range(len(config.attention))):
@@ -139,7 +140,7 @@ class UNet(nnx.Module):
             make = functools.partial(UpBlock, attention=config.attention[level], upsample=level > 0)
             blocks.append(make(block, channels, taken, **kwargs))
             channels = block.channels
-        return nnx.List(blocks)
+        return blocks
 
     def __call__(
         self,
