@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+from scipy.ndimage import uniform_filter
+
+from hi3d_jax.evaluation import EvaluationError, psnr, ssim, view_scores
+from hi3d_jax.images import over_white, read_image
+
+RNG = np.random.default_rng(0)
+
+
+def test_psnr_has_its_closed_form():
+    image = np.zeros((8, 9, 3), np.float32)
+    assert psnr(image, image + np.float32(0.1)) == pytest.approx(20, abs=1e-5)
+    assert psnr(image, image) == 100
+
+
+def test_ssim_equals_the_formula_of_wang_2004_with_a_uniform_window():
+    a, b = RNG.uniform(size=(2, 20, 24, 3))
+    size = (7, 7, 1)
+    mean_a, mean_b = uniform_filter(a, size), uniform_filter(b, size)
+    sample = 49 / 48
+    var_a = sample * (uniform_filter(a * a, size) - mean_a**2)
+    var_b = sample * (uniform_filter(b * b, size) - mean_b**2)
+    both = sample * (uniform_filter(a * b, size) - mean_a * mean_b)
+    c1, c2 = 0.01**2, 0.03**2
+    values = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    assert ssim(a, b) == pytest.approx(values[3:-3, 3:-3].mean(), abs=1e-9)
+    assert ssim(a, a) == pytest.approx(1)
+
+
+def test_scores_are_means_of_images_with_and_without_the_first():
+    truth = RNG.uniform(size=(3, 16, 16, 3)).astype(np.float32)
+    views = truth.copy()
+    views[1] += 0.1
+    views[2] += 0.01
+    scores = view_scores(views, truth)
+    assert scores.psnr == pytest.approx((100 + 20 + 40) / 3, abs=1e-3)
+    assert scores.psnr_without_first == pytest.approx(30, abs=1e-3)
+    assert scores.ssim > scores.ssim_without_first
+    np.testing.assert_allclose(scores.psnr_per_view, [100, 20, 40], atol=1e-3)
+
+
+def test_views_that_do_not_match_are_refused():
+    views = np.zeros((2, 16, 16, 3), np.float32)
+    with pytest.raises(EvaluationError, match="differ in shape"):
+        view_scores(views, np.zeros((3, 16, 16, 3), np.float32))
+    with pytest.raises(EvaluationError, match="two or more"):
+        view_scores(views[:1], views[:1])
+
+
+def test_published_figures_of_syncdreamers_chicken(shared):
+    """shared/evaluation/README.md: PSNR 25.413, SSIM 0.8854."""
+    folder = shared / "evaluation" / "chicken"
+    truth, sample = (
+        np.stack([over_white(read_image(folder / kind / f"{view:03d}.png")) for view in range(16)])
+        for kind in ("gt", "sample")
+    )
+    scores = view_scores(sample, truth)
+    assert scores.psnr == pytest.approx(25.413, abs=5e-4)
+    assert scores.ssim == pytest.approx(0.8854, abs=5e-5)
