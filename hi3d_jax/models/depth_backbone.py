@@ -60,7 +60,8 @@ class StandardisedConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W C"]:
         kernel = self.kernel[...].astype(jnp.float32)
-        kernel = jax.nn.standardize(kernel, axis=(0, 1, 2), epsilon=1e-8)
+        kernel = kernel - kernel.mean((0, 1, 2), keepdims=True)
+        kernel = kernel * lax.rsqrt(jnp.mean(kernel**2, (0, 1, 2), keepdims=True) + 1e-8)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         layout = ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(x, kernel, (self.stride, self.stride), "SAME", dimension_numbers=layout)
