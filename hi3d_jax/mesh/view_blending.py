@@ -29,6 +29,8 @@ BROAD_POWER, DETAIL_POWER = 2.0, 6.0
 GRAZING = 0.08
 # The share of a view at an edge: it decides only where there is no other.
 UNTRUSTED = 1e-4
+# Pixels below this alpha may hold some of the background: matting leaves halos.
+OPAQUE = 0.9
 # Start of the rays that look for an obstacle, off the surface, in world units.
 RAY_OFFSET = 2e-3
 
@@ -105,7 +107,7 @@ def _edge_trust(depths, alphas, cameras: Cameras) -> Float[np.ndarray, "t h w"]:
     """1 well inside a smooth part of the surface, falling to 0 at silhouettes and depth jumps of picture or mesh."""
     trust = np.empty(alphas.shape, np.float32)
     for view, (depth, alpha) in enumerate(zip(depths, alphas, strict=True)):
-        inside = np.isfinite(depth) & (alpha > 0.5)
+        inside = np.isfinite(depth) & (alpha > OPAQUE)
         step = np.median(depth[np.isfinite(depth)]) / cameras.K[view, 0, 0] if np.isfinite(depth).any() else 1.0
         filled = np.where(np.isfinite(depth), depth, 1e3)
         for axis in (0, 1):
