@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,7 @@ DECAY_FIRST, DECAY_SECOND = 0.9, 0.99
 EPSILON = 1e-15
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """Running means of the gradient and of its square, and how many gradients they have seen."""
 
     first: Gaussians

@@ -21,8 +21,8 @@ def photometric(
     alpha: Float[Array, "h w"],
     target: Float[Array, "h w 3"],
     target_alpha: Float[Array, "h w"],
-    dssim_weight: float,
-    alpha_weight: float,
+    dssim_weight: float | Float[Array, ""],
+    alpha_weight: float | Float[Array, ""],
 ) -> Float[Array, ""]:
     """(1 - dssim_weight) L1 + dssim_weight (1 - SSIM) / 2 of the colours, plus alpha_weight times L1 of the alphas."""
     l1 = jnp.abs(colour - target).mean()
@@ -32,13 +32,18 @@ def photometric(
 
 def ssim(image: Float[Array, "h w c"], other: Float[Array, "h w c"]) -> Float[Array, ""]:
     """Mean structural similarity of two images in [0, 1]; 1 for equal ones."""
+    return ssim_map(image, other).mean()
+
+
+def ssim_map(image: Float[Array, "h w c"], other: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
+    """Structural similarity around each pixel, channel by channel."""
     x, y = jnp.moveaxis(image, -1, 0), jnp.moveaxis(other, -1, 0)
     mean_x, mean_y, square_x, square_y, product = jnp.split(blur(jnp.concatenate([x, y, x * x, y * y, x * y])), 5)
     variance_x, variance_y = square_x - mean_x * mean_x, square_y - mean_y * mean_y
     covariance = product - mean_x * mean_y
     c1, c2 = STABILISERS
     luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
-    return (luminance * (2 * covariance + c2) / (variance_x + variance_y + c2)).mean()
+    return jnp.moveaxis(luminance * (2 * covariance + c2) / (variance_x + variance_y + c2), 0, -1)
 
 
 def blur(images: Float[Array, "c h w"]) -> Float[Array, "c h w"]:

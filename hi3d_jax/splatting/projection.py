@@ -7,7 +7,7 @@ is added to every footprint. Everything but `half_extents` is differentiable in 
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,7 @@ FRUSTUM_MARGIN = 0.3
 MIN_ALPHA = 1 / 255
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Footprints:
+class Footprints(NamedTuple):
     """Gaussians on the image plane.
 
     `means2d`: centres in pixels. `whitening`: (p, q, r) of the upper triangular matrix [[p, q], [0, r]] whose product
@@ -51,7 +49,7 @@ def project(
     gaussians: Gaussians, w2c: Float[Array, "4 4"], K: Float[Array, "3 3"], width: int, height: int
 ) -> Footprints:
     """Footprints of all Gaussians in a camera of `width` x `height` pixels."""
-    x, y, depths = _rows(gaussians.means @ w2c[:3, :3].T + w2c[:3, 3])
+    x, y, depths = _rows(gaussians.means @ w2c[:3, :3].T + w2c[None, :3, 3])
     in_front = depths > NEAR
     # Divisions below see 1 where the Gaussian is not drawn: gradients stay finite, and are zero through `opacities`.
     z = jnp.where(in_front, depths, 1.0)
@@ -122,7 +120,7 @@ def _whiten(row_x, row_y):
 
 def _directions(means, w2c) -> Float[Array, "n 3"]:
     """Unit vectors from the camera centre to the Gaussians; zero for one that sits in the centre."""
-    offsets = means + w2c[:3, :3].T @ w2c[:3, 3]
+    offsets = means + (w2c[:3, :3].T @ w2c[:3, 3])[None]
     length_squared = (offsets * offsets).sum(axis=1, keepdims=True)
     return offsets * jax.lax.rsqrt(jnp.maximum(length_squared, 1e-24))
 

@@ -11,8 +11,8 @@ per Gaussian are needed, small matrix products with the pixel coordinates; one s
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,7 @@ NUM_CHANNELS = 5  # red, green, blue, alpha, depth
 NUM_FEATURES = 10  # x, y, p, q, r, opacity, red, green, blue, depth
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rendering:
+class Rendering(NamedTuple):
     """`colour`: sRGB over the background, not cut at 1. `alpha`: in [0, 1]. `depth`: mean of the Gaussians' z along the
     optical axis weighted by what each contributes to the pixel, divided by alpha; 0 where alpha is 0.
     """
@@ -56,11 +54,11 @@ class Rendering:
 
 def render(
     gaussians: Gaussians,
-    w2c: Float[Array, "4 4"],
-    K: Float[Array, "3 3"],
+    w2c: Float[Array | np.ndarray, "4 4"],
+    K: Float[Array | np.ndarray, "3 3"],
     width: int,
     height: int,
-    background: float | Float[Array, " 3"] = 1.0,
+    background: float | Float[Array | np.ndarray, " 3"] = 1.0,
     capacity: Capacity | None = None,
 ) -> Rendering:
     """Draws the Gaussians as seen by one camera; differentiable in `gaussians`.
@@ -77,7 +75,7 @@ def render(
 
 def capacity_for(gaussians: Gaussians, w2c, K, width: int, height: int) -> Capacity:
     """The capacity with which this camera's view of the Gaussians can be drawn, rounded up to powers of two."""
-    return Capacity.holding(*np.asarray(_needed(gaussians, jnp.asarray(w2c), jnp.asarray(K), width, height)))
+    return Capacity.holding(*np.asarray(_needed(gaussians, jnp.asarray(w2c), jnp.asarray(K), width, height)).tolist())
 
 
 @jax.jit(static_argnums=(3, 4))
@@ -107,7 +105,7 @@ def rasterize(footprints: Footprints, lists: TileLists, width: int, height: int,
     channels = _composite(table, lists, tile_grid(width, height))
     channels = jnp.where(lists.overflow, jnp.nan, channels)[:, :height, :width]
     colour, alpha, depth = jnp.moveaxis(channels[:3], 0, -1), channels[3], channels[4]
-    colour = colour + (1 - alpha)[..., None] * jnp.broadcast_to(background, (1, 1, 3))
+    colour = colour + (1 - alpha)[..., None] * jnp.broadcast_to(jnp.asarray(background, jnp.float32), 3)[None, None]
     # Alpha is either zero or at least MIN_ALPHA.
     return Rendering(colour, alpha, depth / jnp.maximum(alpha, MIN_ALPHA))
 
@@ -181,7 +179,8 @@ def _draw_step(features, transmittance, channels):
 
 def _alpha(gaussian: Float[Array, "10 t"]) -> Float[Array, "t p"]:
     x, y, p, q, r, opacity = gaussian[:6, :, None]
-    dx, dy = _pixel_offsets()[:, None, :] - jnp.stack([x, y])
+    pixel_x, pixel_y = _pixel_offsets()[:, None, :]
+    dx, dy = pixel_x - x, pixel_y - y
     along, across = p * dx + q * dy, r * dy
     alpha = jnp.minimum(opacity * jnp.exp(-0.5 * (along * along + across * across)), MAX_ALPHA)
     return jnp.where(alpha >= MIN_ALPHA, alpha, 0.0)

@@ -24,7 +24,7 @@ def render(
     background: float | Float[Array, " 3"] = 1.0,
 ) -> Rendering:
     """What `rasterize.render` must return, in memory and time proportional to Gaussians times pixels."""
-    local = gaussians.means @ w2c[:3, :3].T + w2c[:3, 3]
+    local = gaussians.means @ w2c[:3, :3].T + w2c[None, :3, 3]
     visible = local[:, 2] > NEAR
     local = jnp.where(visible[:, None], local, jnp.array([[0.0, 0.0, 1.0]]))
     covariances = jax.vmap(lambda *args: _covariance2d(*args, w2c, K, width, height))(
@@ -47,13 +47,13 @@ def _mix(weights, colours, depths, background) -> Rendering:
     alpha = weights.sum(axis=0)
     colour = jnp.einsum("nhw,nc->hwc", weights, colours[order])
     depth = jnp.einsum("nhw,n->hw", weights, depths[order]) / jnp.where(alpha > 0, alpha, 1.0)
-    background = jnp.broadcast_to(jnp.asarray(background, jnp.float32), (1, 1, 3))
+    background = jnp.broadcast_to(jnp.asarray(background, jnp.float32), 3)[None, None]
     return Rendering(colour + (1 - alpha)[..., None] * background, alpha, depth)
 
 
 def _colours(gaussians, w2c):
     centre = -jnp.linalg.inv(w2c[:3, :3]) @ w2c[:3, 3]
-    offsets = gaussians.means - centre
+    offsets = gaussians.means - centre[None]
     return spherical_harmonics.colours(gaussians.sh, offsets / jnp.linalg.norm(offsets, axis=1, keepdims=True))
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
@@ -46,9 +46,7 @@ class Capacity:
         return Capacity.holding(max(self.pairs, int(1.25 * pairs)), max(self.steps, int(1.25 * steps)))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TileLists:
+class TileLists(NamedTuple):
     """`members` [s k t]: the Gaussians of step `s`, front to back along `k`, for the tiles `t` of its group; the index
     n (no Gaussian) fills up. `first_steps` [g+1]: where the steps of each group begin. `tiles` [g t]: the tiles of each
     group, row-major over the image's tiles; indices past the last tile fill up. `needed`: pairs and steps that there
