@@ -279,27 +279,48 @@ def _row(params: Mapping[str, Any], path: str, row: int | None) -> np.ndarray:
     return params[path] if row is None else params[path][row]
 
 
+class _Reader(NamedTuple):
+    """A rule read backwards for one of its targets: parameter paths that match `path` give the key `template`."""
+
+    rule: Rule
+    part: int
+    path: re.Pattern
+    row: str | None
+    template: str
+
+    def keys(self, path: str, num_rows: int) -> Iterator[tuple[int | None, str]]:
+        """The source key of a parameter, or of each of its rows."""
+        if not (match := self.path.fullmatch(path)):
+            return
+        groups = match.groupdict()
+        if self.row is None:
+            choices = [(None, groups)]
+        elif self.row.startswith("\\"):
+            choices = [(row, groups | {f"g{self.row[1:]}": str(row)}) for row in range(num_rows)]
+        else:
+            choices = [(int(self.row), groups)]
+        for row, values in choices:
+            key = self.template.format(**values)
+            if re.fullmatch(self.rule.source, key):
+                yield row, key
+
+
 def _assign_back(params, rules) -> tuple[dict[str, tuple[Rule, dict[int, tuple[str, int | None]]]], list[str]]:
     """For each source key: its rule, and which (path, row) is each of its parts; and what is wrong with the names."""
     parts: dict[str, tuple[Rule, dict[int, tuple[str, int | None]]]] = {}
     problems = []
-    readers = [(rule, part, *_read_backwards(rule, part)) for rule in rules for part in range(len(rule.targets))]
+    readers = [_read_backwards(rule, part) for rule in rules for part in range(len(rule.targets))]
     for path, param in params.items():
-        keys = defaultdict(list)
-        for rule, part, regex, row, template in readers:
-            if not (match := regex.fullmatch(path)):
-                continue
-            rows = [None] if row is None else range(param.shape[0]) if row.startswith("\\") else [int(row)]
-            for index in rows:
-                groups = match.groupdict() | ({f"g{row[1:]}": str(index)} if row and row.startswith("\\") else {})
-                key = template.format(**groups)
-                if re.fullmatch(rule.source, key):
-                    keys[index].append(key)
-                    parts.setdefault(key, (rule, {}))[1][part] = (path, index)
-        for index in range(param.shape[0]) if keys and None not in keys else [None]:
-            if len(keys[index]) != 1:
-                name = path if index is None else f"{path}[{index}]"
-                problems.append(f"{name}: {len(keys[index])} rules give it a source key {keys[index] or ''}".rstrip())
+        num_rows = param.shape[0] if param.shape else 0
+        found = defaultdict(list)
+        for reader in readers:
+            for row, key in reader.keys(path, num_rows):
+                found[row].append(key)
+                parts.setdefault(key, (reader.rule, {}))[1][reader.part] = (path, row)
+        for row in range(num_rows) if found and None not in found else [None]:
+            if len(found[row]) != 1:
+                name = path if row is None else f"{path}[{row}]"
+                problems.append(f"{name}: {len(found[row])} rules give it a source key {found[row] or ''}".rstrip())
     return parts, problems
 
 
@@ -307,8 +328,8 @@ def _assign_back(params, rules) -> tuple[dict[str, tuple[Rule, dict[int, tuple[s
 _TOKEN = re.compile(r"\\([^\w\s])|([\w-])|\(((?!\?)(?:[^()\\]|\\.|\(\?:[^()]*\))*)\)|(.)")
 
 
-def _read_backwards(rule: Rule, part: int) -> tuple[re.Pattern, str | None, str]:
-    """A regular expression for one target's path, the text of its row, and the format string of the source key."""
+def _read_backwards(rule: Rule, part: int) -> _Reader:
+    """Turns a rule around. Raises `ValueError` for a rule that loses information."""
     template, groups = "", {}
     for escaped, plain, group, unknown in _TOKEN.findall(rule.source):
         if group:
@@ -328,4 +349,4 @@ def _read_backwards(rule: Rule, part: int) -> tuple[re.Pattern, str | None, str]
             seen.add(text)
     if lost := set(groups) - seen:
         raise ValueError(f"rule {rule.source!r} cannot be read backwards: its target lacks the groups {sorted(lost)}")
-    return re.compile(pattern), row, template
+    return _Reader(rule, part, re.compile(pattern), row, template)
