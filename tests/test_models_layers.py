@@ -1,0 +1,114 @@
+"""The building blocks of the U-Net and the autoencoders against brute force."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from hi3d_jax.models.layers import (
+    Conv,
+    Downsample,
+    GroupNorm,
+    InitKeys,
+    ResBlock,
+    TemporalConv,
+    TimeMixer,
+    Upsample,
+    linear,
+    torch_uniform,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> jnp.ndarray:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("num_axes", [2, 3])
+def test_group_norm_normalises_groups_even_far_from_zero(num_axes):
+    norm = GroupNorm(64, epsilon=1e-5, num_axes=num_axes, rngs=nnx.Rngs(0))
+    norm.scale[...] = 1 + normal(64, seed=1)
+    norm.bias[...] = normal(64, seed=2)
+    x = np.asarray(normal(2, 3, 4, 5, 64)) + 100
+    grouped = x.astype(np.float64).reshape(2, 3, 4, 5, 32, 2)
+    axes = (*range(4 - num_axes, 4), 5)
+    centred = grouped - grouped.mean(axes, keepdims=True)
+    expected = (centred / np.sqrt((centred**2).mean(axes, keepdims=True) + 1e-5)).reshape(x.shape)
+    expected = expected * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+    # float32 holds numbers near 100 to 4e-6.
+    np.testing.assert_allclose(norm(jnp.asarray(x)), expected, atol=5e-5)
+
+
+def test_group_norm_in_half_precision_keeps_float32_statistics():
+    norm = GroupNorm(32, epsilon=1e-5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x = normal(1, 64, 64, 32).astype(jnp.bfloat16)
+    out = norm(x)
+    assert out.dtype == jnp.bfloat16
+    assert abs(float(out.astype(jnp.float32).mean())) < 1e-3
+
+
+def test_group_norm_refuses_channels_it_cannot_group():
+    with pytest.raises(ValueError, match="33 channels"):
+        GroupNorm(33, epsilon=1e-5, rngs=nnx.Rngs(0))
+
+
+# Few positions (gathered patches) and many (XLA's convolution), with both paddings of the downsamplers.
+@pytest.mark.parametrize("size", [(2, 2, 2), (1, 6, 4), (3, 16, 24)])
+@pytest.mark.parametrize(("stride", "padding"), [(1, (1, 1)), (2, (1, 1)), (2, (0, 1))])
+def test_convolutions_agree_with_xla(size, stride, padding):
+    conv = Conv(3, 5, stride=stride, padding=padding, rngs=nnx.Rngs(0))
+    conv.bias[...] = normal(5, seed=1)
+    x = normal(*size, 3)
+    layout = ("NHWC", "HWIO", "NHWC")
+    expected = lax.conv_general_dilated(x, conv.kernel[...], (stride,) * 2, (padding,) * 2, dimension_numbers=layout)
+    np.testing.assert_allclose(conv(x), expected + conv.bias[...].reshape(1, 1, 1, 5), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (16, 16)])
+def test_the_temporal_convolution_sees_three_views_and_zeros_beyond(size):
+    conv = TemporalConv(4, 6, rngs=nnx.Rngs(0))
+    x = np.asarray(normal(2, 5, *size, 4))
+    padded = np.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+    expected = sum(padded[:, i : i + 5] @ np.asarray(conv.kernel[...])[i, 0, 0] for i in range(3))
+    np.testing.assert_allclose(conv(jnp.asarray(x)), expected, atol=1e-5)
+
+
+def test_resampling_halves_and_doubles():
+    x = normal(2, 3, 8, 6, 32)
+    keys = {"rngs": nnx.Rngs(0)}
+    assert Downsample(32, padding=(1, 1), **keys)(x).shape == (2, 3, 4, 3, 32)
+    assert Downsample(32, padding=(0, 1), **keys)(x).shape == (2, 3, 4, 3, 32)
+    up = Upsample(32, **keys)
+    # A kernel that only looks at the middle shows the nearest-neighbour doubling.
+    up.conv.kernel[...] = jnp.zeros_like(up.conv.kernel[...]).at[1, 1].set(jnp.eye(32))
+    np.testing.assert_allclose(up(x), x.repeat(2, axis=2).repeat(2, axis=3), atol=1e-6)
+
+
+def test_blocks_of_the_unet_start_as_their_shortcut():
+    block = ResBlock(32, 32, 16, epsilon=1e-5, zero=True, rngs=nnx.Rngs(0))
+    x = normal(1, 2, 4, 4, 32)
+    np.testing.assert_array_equal(block(x, normal(1, 1, 16)), x)
+
+
+def test_views_marked_as_images_keep_the_spatial_branch():
+    mixer = TimeMixer(0.5, rngs=nnx.Rngs(0))
+    spatial, temporal = normal(2, 3, 5, 4), normal(2, 3, 5, 4, seed=1)
+    weight = 1 / (1 + np.exp(-0.5))
+    blend = weight * spatial + (1 - weight) * temporal
+    np.testing.assert_allclose(mixer(spatial, temporal), blend, atol=1e-6)
+    image_only = jnp.asarray([[0.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    expected = jnp.where(image_only.reshape(2, 3, 1, 1) == 1, spatial, blend)
+    np.testing.assert_allclose(mixer(spatial, temporal, image_only), expected, atol=1e-6)
+
+
+def test_initial_weights_are_pytorchs_and_reproducible():
+    kernel = torch_uniform(jax.random.key(0), (3, 3, 16, 64))
+    bound = (3 * 3 * 16) ** -0.5
+    assert np.abs(kernel).max() <= bound
+    np.testing.assert_allclose(kernel.std(), bound / np.sqrt(3), rtol=0.02)
+    keys, again = InitKeys(nnx.Rngs(7)), InitKeys(nnx.Rngs(7))
+    layers = [linear(8, 8, rngs=keys), linear(8, 8, rngs=keys), linear(8, 8, rngs=again)]
+    first, second, repeated = (np.asarray(layer.kernel[...]) for layer in layers)
+    assert np.abs(first - second).max() > 0.1
+    np.testing.assert_array_equal(first, repeated)
