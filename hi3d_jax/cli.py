@@ -55,7 +55,7 @@ class Reconstruct:
       hi3d reconstruct capture/ -o out --up y          # a folder with transforms.json, y up
       hi3d reconstruct orbit.mp4 -o out --resume       # after Ctrl-C or a full disk
 
-    FOLDER will hold mesh.glb, splats.ply, views/, cameras.json, contact.png, turntable.mp4 and run.json.
+    FOLDER will hold mesh.glb, splats.ply, views/, cameras.json, contact_sheet.png, turntable.mp4 and run.json.
     """
 
     orbit: Annotated[Positional[Path], arg(metavar="ORBIT")]

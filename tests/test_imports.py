@@ -27,7 +27,7 @@ ALLOWED = {
     "neus": BASE,
     "mesh": BASE,
     "evaluation": BASE | {"mesh", "models"},
-    "stages": BASE | NETWORKS_AND_GEOMETRY | {"pretrained"},
+    "stages": BASE | NETWORKS_AND_GEOMETRY | {"pretrained", "evaluation"},
     "data": BASE | NETWORKS_AND_GEOMETRY | {"stages"},
     "training": BASE | NETWORKS_AND_GEOMETRY | {"pretrained", "stages", "data"},
     "cli": BASE | NETWORKS_AND_GEOMETRY | {"pretrained", "stages", "data", "evaluation"},

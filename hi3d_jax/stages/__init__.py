@@ -1,0 +1,7 @@
+"""The stages of Hi3D, each a function from arrays to arrays; files only where an output folder is given."""
+
+from hi3d_jax.stages.presets import ReconstructConfig
+from hi3d_jax.stages.reconstruct import Reconstruction, StageError, reconstruct
+from hi3d_jax.stages.run_record import RunError
+
+__all__ = ["ReconstructConfig", "Reconstruction", "RunError", "StageError", "reconstruct"]

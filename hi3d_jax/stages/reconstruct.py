@@ -1,0 +1,243 @@
+"""Stage 3 (paper section 4.4): from an orbit of views to a textured mesh.
+
+Gaussians are fitted to the N views and drawn from M cameras between them; NeuS is fitted to all N + M, starting at the
+visual hull of the masks; its zero level becomes a mesh, whose texture comes from the N views at their full resolution.
+With an output folder every step leaves a file to look at, and what the next step uses is what that file holds, so a run
+that is interrupted and resumed gives what it would have given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from hi3d_jax import mesh as meshes
+from hi3d_jax import neus, splatting, visual_hull
+from hi3d_jax.cameras import Cameras, between_neighbours
+from hi3d_jax.images import resize, write_png, written_aside
+from hi3d_jax.mesh import Mesh, MeshReport
+from hi3d_jax.neus import FittedSurface
+from hi3d_jax.splatting import Gaussians
+from hi3d_jax.stages.checks import StageError, check_finite, check_hull, check_orbit
+from hi3d_jax.stages.pictures import TURNTABLE_FPS, Scores, compare, draw_sheet, draw_turntable
+from hi3d_jax.stages.presets import ReconstructConfig
+from hi3d_jax.stages.run_record import RunRecord
+from hi3d_jax.video import Orbit, write_mp4, write_orbit
+
+Made = TypeVar("Made")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """The textured `mesh`, what it was made from (`gaussians`: None without interpolated views), and how good it is."""
+
+    mesh: Mesh
+    gaussians: Gaussians | None
+    surface: FittedSurface
+    scores: Scores
+    report: MeshReport
+    seconds: dict[str, float]
+
+
+def reconstruct(
+    orbit: Orbit,
+    output: str | Path | None = None,
+    config: ReconstructConfig | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Reconstruction:
+    """Turns the views of an object of size 1 at the origin into a textured mesh; the same seed gives the same mesh.
+
+    Without `config`, that of standard quality.
+    Writes files only into the folder `output`, which must hold no run unless `resume` continues it. Raises
+    `StageError` (its text begins with the step's name), `RunError`, `CameraError`, and `OSError` for the disk.
+    """
+    config = ReconstructConfig() if config is None else config
+    check_orbit(orbit)
+    record = RunRecord.begin(None if output is None else Path(output), _request(orbit, config), resume)
+    steps, fits = _Steps(record, progress), _Fits(orbit, config, progress)
+    steps.take("views", "orbit.mp4", lambda: orbit, _write_views, lambda path: orbit)
+    gaussians, between = None, None
+    if config.num_interpolated:
+        gaussians = steps.take("splats", "splats.ply", fits.splats, splatting.write_ply, splatting.read_ply)
+        draw = functools.partial(fits.draw_between, gaussians)
+        between = steps.take("interpolated", "interpolated/cameras.json", draw, _write_between, lambda path: draw())
+    fit_surface = functools.partial(fits.surface, between)
+    surface = steps.take("surface", "surface.npz", fit_surface, write_surface, functools.partial(read_surface, config))
+    extract = functools.partial(_extract, surface, config)
+    body = steps.take("mesh", "geometry.ply", extract, meshes.write_mesh, meshes.read_mesh)
+    paint = functools.partial(_paint, body, orbit, config)
+    mesh = steps.take("texture", "mesh.glb", paint, meshes.write_mesh, meshes.read_mesh)
+    show = functools.partial(_show, mesh, orbit)
+    shown = steps.take("pictures", "contact_sheet.png", show, _write_pictures, lambda path: show())
+    report = meshes.mesh_report(mesh)
+    record.results = {**dataclasses.asdict(shown.scores), "mesh": dataclasses.asdict(report)}
+    record.write()
+    seconds = {name: step["seconds"] for name, step in record.steps.items()}
+    return Reconstruction(mesh, gaussians, surface, shown.scores, report, seconds)
+
+
+def _request(orbit: Orbit, config: ReconstructConfig) -> dict[str, Any]:
+    """What decides the result, as JSON."""
+    digest = hashlib.sha256()
+    for array in (orbit.views, orbit.alphas, orbit.cameras.c2w, orbit.cameras.K):
+        digest.update(np.ascontiguousarray(array))
+    given = {"views": len(orbit), "width": orbit.cameras.width, "height": orbit.cameras.height}
+    recipe = dataclasses.asdict(config)
+    return {"seed": recipe.pop("seed"), "recipe": recipe, "input": {**given, "sha256": digest.hexdigest()}}
+
+
+class _Steps:
+    """Makes what is missing and takes what is there."""
+
+    def __init__(self, record: RunRecord, progress: bool):
+        self.record, self.progress = record, progress
+
+    def take(
+        self,
+        name: str,
+        file: str,
+        make: Callable[[], Made],
+        save: Callable[[Path, Made], None],
+        load: Callable[[Path], Made],
+    ) -> Made:
+        """What the step `name` makes, as its `file` in the output folder holds it."""
+        folder = self.record.folder
+        if folder is not None and self.record.finished(name) and (folder / file).exists():
+            return load(folder / file)
+        with self.record.step(name):
+            try:
+                made = make()
+            except ValueError as error:
+                # A bare ValueError is a defect of the program; subclasses say what a user can change.
+                if type(error) is ValueError or isinstance(error, StageError):
+                    raise
+                raise StageError(f"{name}: {error}") from error
+            check_finite(name, made)
+            if folder is not None:
+                save(folder / file, made)
+        if self.progress:
+            seconds = self.record.steps[name]["seconds"]
+            tqdm.write(f"{name}: {seconds:.1f} s, {self.record.seconds:.0f} s in all")
+        return made if folder is None else load(folder / file)
+
+
+class _Fits:
+    """The two fits, on the views at a size that they can afford."""
+
+    def __init__(self, orbit: Orbit, config: ReconstructConfig, progress: bool):
+        self.orbit, self.config, self.progress = orbit, config, progress
+
+    @functools.cached_property
+    def small(self) -> Orbit:
+        """The views at most `image_size` pixels long."""
+        cameras = self.orbit.cameras
+        scale = min(1.0, self.config.image_size / max(cameras.width, cameras.height))
+        width, height = max(round(cameras.width * scale), 1), max(round(cameras.height * scale), 1)
+        # Over white and alpha are both linear in the pixels, so they can be averaged as they are.
+        views = np.stack([resize(view, width, height) for view in self.orbit.views])
+        alphas = np.stack([resize(alpha[..., None], width, height)[..., 0] for alpha in self.orbit.alphas])
+        return Orbit(views, alphas, cameras.resized(width, height))
+
+    @functools.cached_property
+    def hull(self) -> visual_hull.VisualHull:
+        half_side = self.config.neus.fields.half_side
+        hull = visual_hull.carve(self.small.alphas, self.small.cameras, self.config.hull_resolution, half_side)
+        return check_hull(hull)
+
+    def splats(self) -> Gaussians:
+        """Gaussians that look like the views."""
+        small, config = self.small, dataclasses.replace(self.config.splats, seed=self.config.seed)
+        points = visual_hull.surface_points(self.hull, self.config.num_gaussians, self.config.seed)
+        colours = visual_hull.colours_at(points, small.views, small.alphas, small.cameras)
+        return splatting.fit(small.views, small.alphas, small.cameras, config, points, colours, self.progress)
+
+    def draw_between(self, gaussians: Gaussians) -> Orbit:
+        """The Gaussians as seen from halfway between the views."""
+        cameras = between_neighbours(self.small.cameras, self.config.num_interpolated)
+        drawn = [
+            splatting.render(gaussians, w2c, K, cameras.width, cameras.height)
+            for w2c, K in zip(cameras.w2c, cameras.K, strict=True)
+        ]
+        views = np.stack([np.clip(picture.colour, 0, 1) for picture in drawn])
+        alphas = np.stack([np.clip(picture.alpha, 0, 1) for picture in drawn])
+        return Orbit(views, alphas, cameras)
+
+    def surface(self, between: Orbit | None) -> FittedSurface:
+        """NeuS on the views and those `between` them."""
+        parts = [self.small] if between is None else [self.small, between]
+        return neus.fit(
+            np.concatenate([part.views for part in parts]),
+            np.concatenate([part.alphas for part in parts]),
+            Cameras.concatenate([part.cameras for part in parts]),
+            dataclasses.replace(self.config.neus, seed=self.config.seed),
+            initial_sdf=self.hull.sdf,
+            progress=self.progress,
+        )
+
+
+def _write_views(path: Path, orbit: Orbit) -> None:
+    write_orbit(path.parent, orbit)
+    write_mp4(path, orbit.views)
+
+
+def _write_between(path: Path, orbit: Orbit) -> None:
+    write_orbit(path.parent, orbit)
+
+
+def write_surface(path: Path, surface: FittedSurface) -> None:
+    """The fields' numbers, one array each under its name; no pickle."""
+    named, _ = jax.tree.flatten_with_path(surface.fields)
+    with written_aside(path) as aside:
+        np.savez(aside, **{jax.tree_util.keystr(name): np.asarray(values) for name, values in named})
+
+
+def read_surface(config: ReconstructConfig, path: Path) -> FittedSurface:
+    """What `write_surface` wrote for a run of this `config`. Raises `StageError` for anything else."""
+    dense = jax.ShapeDtypeStruct((config.hull_resolution,) * 3, np.float32)
+    expected = jax.eval_shape(lambda grid: neus.init_fields(config.neus.fields, jax.random.key(0), grid), dense)
+    named, structure = jax.tree.flatten_with_path(expected)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            leaves = [file[jax.tree_util.keystr(name)] for name, _ in named]
+    except (ValueError, KeyError, EOFError) as error:
+        raise StageError(f"surface: {path} is damaged ({error}); delete it and continue with --resume") from error
+    if any(leaf.shape != spec.shape for leaf, (_, spec) in zip(leaves, named, strict=True)):
+        raise StageError(f"surface: {path} belongs to other settings; delete it and continue with --resume")
+    return FittedSurface(jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves]), config.neus.fields)
+
+
+def _extract(surface: FittedSurface, config: ReconstructConfig) -> Mesh:
+    bound = np.full(3, surface.config.half_side)
+    return meshes.decimate(meshes.extract_surface(surface.sdf, -bound, bound, config.resolution), config.num_faces)
+
+
+def _paint(body: Mesh, orbit: Orbit, config: ReconstructConfig) -> Mesh:
+    unwrapped = meshes.unwrap(body, config.texture_size)
+    return meshes.bake_texture(unwrapped, orbit.views, orbit.alphas, orbit.cameras, config.texture_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    scores: Scores
+    sheet: np.ndarray
+    turntable: np.ndarray
+
+
+def _show(mesh: Mesh, orbit: Orbit) -> _Shown:
+    scores, redrawn = compare(mesh, orbit)
+    return _Shown(scores, draw_sheet(mesh, orbit, redrawn), draw_turntable(mesh))
+
+
+def _write_pictures(path: Path, shown: _Shown) -> None:
+    write_mp4(path.with_name("turntable.mp4"), shown.turntable, TURNTABLE_FPS)
+    write_png(path, shown.sheet)
