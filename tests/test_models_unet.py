@@ -92,18 +92,21 @@ def test_recomputing_changes_no_gradient(remat):
     assert recomputes == (remat != "none")
 
 
-def test_recomputing_saves_memory():
-    def temporary(remat: str) -> int:
-        config = dataclasses.replace(ONE_LEVEL, remat=remat)
-        graphdef, params = nnx.split(abstract_network(UNet, config))
-        spec = jax.ShapeDtypeStruct
-        inputs = [spec(s, jnp.float32) for s in ((1, 4, 32, 32, 8), (1,), (1, 8), (1, 1, 6))]
-        loss = jax.grad(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs).sum())
-        fast = {"xla_backend_optimization_level": 0}
-        compiled = jax.jit(loss, compiler_options=fast).lower(params, *inputs).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+def test_recomputing_keeps_less_for_the_backward_pass():
+    """Counted before XLA sees the program: its CPU backend undoes recomputation, those of accelerators do not."""
 
-    assert temporary("block") < 0.6 * temporary("none")
+    def kept(remat: str) -> int:
+        graphdef, params = nnx.split(abstract_network(UNet, dataclasses.replace(ONE_LEVEL, remat=remat)))
+        spec = jax.ShapeDtypeStruct
+        inputs = [spec(s, jnp.float32) for s in ((1, 4, 16, 16, 8), (1,), (1, 8), (1, 1, 6))]
+
+        def backward(params, *inputs):
+            return jax.vjp(lambda params: nnx.merge(graphdef, params)(*inputs), params)[1]
+
+        return sum(x.size for x in jax.tree.leaves(jax.eval_shape(backward, params, *inputs)))
+
+    everything, products, inputs_only = (kept(remat) for remat in ("none", "products", "block"))
+    assert inputs_only < 0.5 * products < 0.5 * everything
 
 
 @pytest.mark.parametrize(
@@ -119,11 +122,12 @@ def test_configs_that_make_no_sense_are_refused(changes, message):
 
 
 def test_inputs_that_do_not_fit_are_refused():
-    unet = abstract_network(UNet, UNetConfig.tiny())
+    graphdef, params = nnx.split(abstract_network(UNet, UNetConfig.tiny()))
 
     def shape(height: int, channels: int):
         inputs = (1, 2, height, 8, channels), (1,), (1, 768), (1, 1, 1024)
-        return jax.eval_shape(unet, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in inputs))
+        specs = (jax.ShapeDtypeStruct(s, jnp.float32) for s in inputs)
+        return jax.eval_shape(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs), params, *specs)
 
     assert shape(8, 8).shape == (1, 2, 8, 8, 4)
     with pytest.raises(ValueError, match=r"latents are 7 x 8 cells.* multiples of 16 pixels"):

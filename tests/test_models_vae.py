@@ -11,7 +11,9 @@ from hi3d_jax.pretrained import abstract_network
 
 
 def shape_of(network: nnx.Module, method: str, *shape: int):
-    return jax.eval_shape(getattr(network, method), jax.ShapeDtypeStruct(shape, jnp.float32))
+    graphdef, params = nnx.split(network)
+    spec = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(lambda params, x: getattr(nnx.merge(graphdef, params), method)(x), params, spec)
 
 
 def test_images_shrink_eightfold_and_come_back():

@@ -125,10 +125,13 @@ class SpatioTemporalTransformer(nnx.Module):
 
 
 def _save_products(primitive, *_, **params) -> bool:
-    """Keeps what the matrix units computed (except attention scores, which have batch axes), recomputes the rest."""
+    """Keeps what layers' matrix products and convolutions gave, recomputes the rest.
+
+    A layer contracts the first axis of its kernel. Attention scores do not, or have batch axes: they must not be kept.
+    """
     if primitive.name == "dot_general":
-        (_, _), (batch, _) = params["dimension_numbers"]
-        return not batch
+        (_, contracted), (batch, _) = params["dimension_numbers"]
+        return not batch and tuple(contracted) == (0,)
     return primitive.name == "conv_general_dilated"
 
 
