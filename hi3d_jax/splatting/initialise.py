@@ -32,8 +32,8 @@ def from_points(points: Float[np.ndarray, "n 3"], colours: Float[np.ndarray, "n 
     sh[:, 0] = (colours - 0.5) / DEGREE_0
     return Gaussians(
         means=jnp.asarray(points),
-        quats=jnp.tile(jnp.array([[1.0, 0.0, 0.0, 0.0]]), (len(points), 1)),
+        quats=jnp.tile(jnp.array([[1.0, 0.0, 0.0, 0.0]], jnp.float32), (len(points), 1)),
         log_scales=jnp.asarray(np.log(spacing)[:, None].repeat(3, axis=1)),
-        opacity_logits=jnp.full(len(points), float(np.log(OPACITY / (1 - OPACITY)))),
+        opacity_logits=jnp.full(len(points), np.log(OPACITY / (1 - OPACITY)), jnp.float32),
         sh=jnp.asarray(sh),
     )

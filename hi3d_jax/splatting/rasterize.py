@@ -24,7 +24,6 @@ from hi3d_jax.splatting.gaussians import Gaussians
 from hi3d_jax.splatting.projection import MIN_ALPHA, Footprints, project
 from hi3d_jax.splatting.tiles import (
     GROUP,
-    LANES,
     STEP,
     TILE,
     Capacity,
@@ -155,15 +154,13 @@ def _draw(features, first_steps) -> Float[Array, "g 5 t p"]:
 
         def draw_step(carry):
             step, transmittance, channels = carry
-            return step + 1, *_draw_step(features[step], transmittance, channels)
+            return step + 1, *_draw_step(_at(features, step), transmittance, channels)
 
         nothing = jnp.zeros((GROUP, NUM_PIXELS))
         start = first_steps[group], nothing + 1, (nothing,) * NUM_CHANNELS
         return jnp.stack(jax.lax.while_loop(unfinished, draw_step, start)[2])
 
-    num_groups = first_steps.shape[0] - 1
-    lanes = [jax.lax.map(draw_group, jnp.arange(lane, num_groups, LANES)) for lane in range(LANES)]
-    return jnp.stack(lanes, axis=1).reshape(num_groups, NUM_CHANNELS, GROUP, NUM_PIXELS)
+    return jax.lax.map(draw_group, jnp.arange(first_steps.shape[0] - 1))
 
 
 def _draw_step(features, transmittance, channels):
@@ -175,6 +172,10 @@ def _draw_step(features, transmittance, channels):
         channels = tuple(channel + weight * value for channel, value in zip(channels, values, strict=True))
         transmittance = transmittance * (1 - alpha)
     return transmittance, channels
+
+
+def _at(features, step):
+    return jax.lax.dynamic_index_in_dim(features, step, axis=0, keepdims=False)
 
 
 def _alpha(gaussian: Float[Array, "10 t"]) -> Float[Array, "t p"]:
@@ -200,20 +201,15 @@ def _moments(features, first_steps, pixels) -> Float[Array, "s k 10 t"]:
         def add_step(carry):
             step, transmittance, behind, moments = carry
             transmittance, behind, values = _moments_of_step(
-                features[step], transmittance, behind, jnp.stack([red, green, blue, depth]), alpha
+                _at(features, step), transmittance, behind, jnp.stack([red, green, blue, depth]), alpha
             )
-            return step + 1, transmittance, behind, moments.at[step].set(values)
+            return step + 1, transmittance, behind, jax.lax.dynamic_update_index_in_dim(moments, values, step, axis=0)
 
         start = first_steps[group], jnp.ones((GROUP, NUM_PIXELS)), total, moments
         return jax.lax.while_loop(unfinished, add_step, start)[3]
 
-    num_groups = first_steps.shape[0] - 1
-    lanes = []
-    for lane in range(LANES):
-        start = jnp.zeros((features.shape[0], STEP, NUM_FEATURES, GROUP))
-        visit = functools.partial(lambda lane, i, moments: add_group(i * LANES + lane, moments), lane)
-        lanes.append(jax.lax.fori_loop(0, num_groups // LANES, visit, start))
-    return sum(lanes)
+    start = jnp.zeros((features.shape[0], STEP, NUM_FEATURES, GROUP))
+    return jax.lax.fori_loop(0, first_steps.shape[0] - 1, add_group, start)
 
 
 def _moments_of_step(features, transmittance, behind, gradients, alpha_gradient):
@@ -256,15 +252,16 @@ def _feature_gradients(features, moments) -> Float[Array, "m 10"]:
     return jnp.stack(gradients, axis=-1).reshape(-1, NUM_FEATURES)
 
 
-def _pixel_offsets() -> Float[Array, "2 p"]:
+# Constants of the program, as arrays: computed inside it, XLA would work them out again for every pixel and Gaussian.
+def _pixel_offsets() -> Float[np.ndarray, "2 p"]:
     """x and y of a tile's pixel centres from the tile's centre."""
-    along = jnp.arange(TILE) + (0.5 - TILE / 2)
-    return jnp.stack([jnp.tile(along, TILE), jnp.repeat(along, TILE)])
+    along = np.arange(TILE, dtype=np.float32) + (0.5 - TILE / 2)
+    return np.stack([np.tile(along, TILE), np.repeat(along, TILE)])
 
 
-def _polynomials() -> Float[Array, "6 p"]:
+def _polynomials() -> Float[np.ndarray, "6 p"]:
     x, y = _pixel_offsets()
-    return jnp.stack([jnp.ones_like(x), x, y, x * x, x * y, y * y])
+    return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y])
 
 
 def _image_from_tiles(groups: Float[Array, "g c t p"], tiles, grid) -> Float[Array, "c h w"]:
