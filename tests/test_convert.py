@@ -88,6 +88,11 @@ def without_prefix(name: str, weights: dict[str, np.ndarray]) -> dict[str, np.nd
     return {key.removeprefix(checkpoints.SGM[name][0]): array for key, array in weights.items()}
 
 
+def tower_weights() -> dict[str, np.ndarray]:
+    """open_clip's file: the smallest checkpoint that there is."""
+    return without_prefix("image_encoder", random_weights("image_encoder", CLIPVision, TOWER))
+
+
 def svd_weights(vae=Autoencoder, vae_config=VAE) -> dict[str, np.ndarray]:
     weights = random_weights("unet", UNet, UNET) | random_weights("vae", vae, vae_config)
     weights |= random_weights("image_encoder", CLIPVision, TOWER)
@@ -232,13 +237,12 @@ def test_a_stage_does_not_start_from_another_stage(tmp_path, capsys):
     save_file(stage2_weights(), tmp_path / "x.safetensors")
     assert run(tmp_path / "x.safetensors", "-o", tmp_path / "model", "--init", "stage2") == 1
     assert "not 17 and 512" in capsys.readouterr().err
-    weights = without_prefix("image_encoder", random_weights("image_encoder", CLIPVision, TOWER))
     with pytest.raises(ConversionError, match="no U-Net to start a stage from"):
-        prepare([Opened(tmp_path, weights, None)], initialise=initialise.stage1)
+        prepare([Opened(tmp_path, tower_weights(), None)], initialise=initialise.stage1)
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
-    save_file(stage1_weights(), tmp_path / "x.safetensors")
+    save_file(tower_weights(), tmp_path / "x.safetensors")
     assert run(tmp_path / "x.safetensors", "-o", tmp_path / "model", "--dry-run") == 0
     assert "everything fits, nothing was written" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
@@ -267,17 +271,17 @@ def test_every_problem_is_named_and_nothing_is_written(tmp_path, capsys):
 
 
 def test_keys_can_be_ignored_on_request(tmp_path, capsys):
-    save_file(stage1_weights() | {"unheard.of": np.ones(1, np.float16)}, tmp_path / "x.safetensors")
+    save_file(tower_weights() | {"unheard.of": np.ones(1, np.float16)}, tmp_path / "x.safetensors")
+    assert run(tmp_path / "x.safetensors", "-o", tmp_path / "model") == 1
+    assert "unheard.of: no rule names it" in capsys.readouterr().err
     assert run(tmp_path / "x.safetensors", "-o", tmp_path / "model", "--ignore", r"unheard\..*") == 0
     assert "left out 1 keys: you asked for it" in capsys.readouterr().out
 
 
 def test_values_that_are_not_finite_leave_no_half_written_folder(tmp_path, capsys):
-    weights = stage1_weights()
-    weights["first_stage_model.quant_conv.bias"] = np.full(8, np.nan, np.float16)
-    save_file(weights, tmp_path / "x.safetensors")
+    save_file(tower_weights() | {"visual.ln_post.bias": np.full(16, np.nan, np.float16)}, tmp_path / "x.safetensors")
     assert run(tmp_path / "x.safetensors", "-o", tmp_path / "model") == 1
-    assert "quant_conv.bias: holds NaN" in capsys.readouterr().err
+    assert "post_norm.bias: holds NaN" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
@@ -299,12 +303,12 @@ def test_a_checkpoint_of_another_model(tmp_path, capsys):
 
 
 def test_several_sources_make_one_folder(tmp_path, capsys):
-    save_file(svd_weights(), tmp_path / "svd.safetensors")
-    midas = random_weights("depth", DPT, DEPTH, np.float32)
-    save_file(without_prefix("depth", midas), tmp_path / "dpt_hybrid_384.safetensors")
-    sources = (tmp_path / "svd.safetensors", tmp_path / "dpt_hybrid_384.safetensors")
-    assert run(*sources, "-o", tmp_path / "model", "--init", "stage2") == 0
-    assert sorted(stored(tmp_path / "model")) == ["depth", "image_encoder", "unet", "vae"]
+    save_file(tower_weights(), tmp_path / "open_clip.safetensors")
+    midas = without_prefix("depth", random_weights("depth", DPT, DEPTH, np.float32))
+    save_file(midas, tmp_path / "dpt_hybrid_384.safetensors")
+    sources = (tmp_path / "open_clip.safetensors", tmp_path / "dpt_hybrid_384.safetensors")
+    assert run(*sources, "-o", tmp_path / "model") == 0
+    assert sorted(stored(tmp_path / "model")) == ["depth", "image_encoder"]
     assert run(*sources, sources[1], "-o", tmp_path / "twice") == 1
     assert "the network depth came from an earlier source already" in capsys.readouterr().err
 
