@@ -25,6 +25,9 @@ ORBIT_RADIUS = 1.5
 ORBIT_FOV_DEG = 49.13434264120263
 ORBIT_NUM_VIEWS = 16
 
+# What `hi3d render` takes in place of a file.
+EXAMPLE = Path("example")
+
 REMEDIES = {
     errno.ENOSPC: "free some space and try again",
     errno.EDQUOT: "free some space and try again",
@@ -55,7 +58,9 @@ class Reconstruct:
       hi3d reconstruct capture/ -o out --up y          # a folder with transforms.json, y up
       hi3d reconstruct orbit.mp4 -o out --resume       # after Ctrl-C or a full disk
 
-    FOLDER will hold mesh.glb, splats.ply, views/, cameras.json, contact_sheet.png, turntable.mp4 and run.json.
+    FOLDER will hold mesh.glb, contact_sheet.png (look at this first) and turntable.mp4; views/, cameras.json and
+    orbit.mp4, what was read; splats.ply, interpolated/, surface.npz and geometry.ply, what lies between; and run.json,
+    with settings, versions, time and memory of each step, and how near the mesh comes to the views.
     """
 
     orbit: Annotated[Positional[Path], arg(metavar="ORBIT")]
@@ -63,7 +68,7 @@ class Reconstruct:
     output: Output
     """New folder for the results."""
     quality: Literal["draft", "standard", "full"] = "standard"
-    """draft: a first look on a laptop; standard: minutes on a CPU; full: for a GPU."""
+    """draft: a first look on a laptop; standard: more detail, minutes on a CPU; full: for a GPU."""
     elevation_deg: float = 0.0
     """How far above the horizon the cameras stand, in degrees. Ignored where the folder holds cameras."""
     radius: float = ORBIT_RADIUS
@@ -77,7 +82,7 @@ class Reconstruct:
     matting: Literal["auto", "alpha", "key", "rembg"] = "auto"
     """How the object is cut out: the file's alpha, keying a plain background, rembg; auto: the first that fits."""
     num_interpolated: ByQuality = None
-    """Views rendered between the given ones for the surface fit, 0 for none."""
+    """Views rendered between the given ones for the surface fit; 0: none, and no splats.ply."""
     resolution: ByQuality = None
     """Grid cells along each side when the surface is extracted."""
     faces: ByQuality = None
@@ -111,23 +116,27 @@ class Reconstruct:
         }
         given = {name: value for name, value in chosen.items() if value is not None}
         config = ReconstructConfig.preset(self.quality, seed=self.seed, **given)
-        reconstruct(orbit, self.output, config, resume=self.resume)
-        print(f"{self.output / 'mesh.glb'}")
+        result = reconstruct(orbit, self.output, config, resume=self.resume)
+        scores, report = result.scores, result.report
+        print(f"against the {len(orbit)} views: silhouette IoU {scores.silhouette_iou:.3f}, PSNR {scores.psnr:.1f} dB")
+        closed = "watertight" if report.watertight else "not watertight"
+        print(f"{self.output / 'mesh.glb'}: {report.faces} faces, {closed}, {sum(result.seconds.values()):.0f} s")
 
 
 @dataclasses.dataclass(frozen=True)
 class Render:
     """Render an orbit of an object file: pictures with alpha, depths and cameras that `hi3d reconstruct` accepts.
 
-    The object is centred and scaled so that its longest side is 1.
+    The object is centred and scaled so that its longest side is 1. With no object at hand, `example` is a toy rocket.
 
     examples:
+      hi3d render example -o rocket_orbit
       hi3d render chair.glb -o chair_orbit
       hi3d render chair.glb -o chair_orbit --elevation-deg 30 --size 256 --light unlit
     """
 
     mesh: Annotated[Positional[Path], arg(metavar="MESH")]
-    """GLB, glTF, OBJ or PLY file."""
+    """GLB, glTF, OBJ or PLY file, or the word example."""
     output: Output
     """New folder for views/, depths/ and cameras.json."""
     num_views: int = ORBIT_NUM_VIEWS
@@ -145,12 +154,12 @@ class Render:
 
     def run(self) -> None:
         prepare_output(self.output, resume=False, source=self.mesh)
-        from hi3d_jax.data.render import load_object, render_orbit, write_orbit
+        from hi3d_jax.data import example_mesh, load_object, render_orbit, write_orbit
 
         if self.num_views < 1 or not 8 <= self.size <= 8192:
             raise OutputError(f"{self.num_views} views of {self.size} pixels: need 1 or more views of 8 to 8192 pixels")
         renders, cameras = render_orbit(
-            load_object(self.mesh),
+            example_mesh() if self.mesh == EXAMPLE else load_object(self.mesh),
             azimuths_deg=[360 * view / self.num_views for view in range(self.num_views)],
             elevation_deg=self.elevation_deg,
             radius=self.radius,
@@ -173,7 +182,7 @@ DESCRIPTION = """Hi3D in JAX: from views of one object to a textured mesh.
 
 examples:
   hi3d reconstruct orbit.mp4 -o out
-  hi3d render chair.glb -o chair_orbit
+  hi3d render example -o rocket_orbit && hi3d reconstruct rocket_orbit -o rocket
 
 hi3d COMMAND --help tells more; HI3D_DEBUG=1 shows tracebacks.
 """

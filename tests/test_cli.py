@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from hi3d_jax import cameras, cli, images, video
+from hi3d_jax import cameras, cli, data, images, video
 from hi3d_jax.cli import OutputError, main, prepare_output
 
 
@@ -41,6 +41,9 @@ def stage(monkeypatch):
         notes.calls.append((orbit, output, config, resume))
         if notes.error is not None:
             raise notes.error
+        scores = types.SimpleNamespace(silhouette_iou=0.9, psnr=30.0)
+        report = types.SimpleNamespace(watertight=True, faces=12)
+        return types.SimpleNamespace(scores=scores, report=report, seconds={"views": 1.0})
 
     module = types.SimpleNamespace(ReconstructConfig=Config, reconstruct=reconstruct)
     monkeypatch.setitem(sys.modules, "hi3d_jax.stages.reconstruct", module)
@@ -300,6 +303,14 @@ def test_a_rendered_orbit_is_one_that_can_be_read(tmp_path, capsys):
     assert ((orbit.alphas > 0.5).mean((1, 2)) > 0.2).all()
     code, stderr = run(capsys, *argv)
     assert (code, "not empty" in stderr) == (2, True)
+
+
+def test_the_example_object_needs_no_file(tmp_path, capsys, monkeypatch):
+    (tmp_path / "cube.obj").write_text(CUBE)
+    cube = data.load_object(tmp_path / "cube.obj")
+    monkeypatch.setattr(data, "example_mesh", lambda: cube)
+    assert run(capsys, "render", "example", "-o", tmp_path / "orbit", "--size", "48", "--num-views", "3")[0] == 0
+    assert len(video.read_orbit(tmp_path / "orbit")) == 3
 
 
 def test_render_refuses_what_it_cannot_draw(tmp_path, capsys):
