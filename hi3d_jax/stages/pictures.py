@@ -41,6 +41,19 @@ class Scores:
     ssim: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """A contact `sheet` and the frames of a `turntable`, sRGB in [0, 1]."""
+
+    sheet: Float[np.ndarray, "h w 3"]
+    turntable: Float[np.ndarray, "t h2 w2 3"]
+
+
+def draw_pictures(mesh: Mesh, views: Orbit, redrawn: Float[np.ndarray, "t h w 3"]) -> Pictures:
+    """What a person looks at first; `redrawn`: the textured mesh seen from the cameras of `views`."""
+    return Pictures(draw_sheet(mesh, views, redrawn), draw_turntable(mesh))
+
+
 def compare(mesh: Mesh, views: Orbit) -> tuple[Scores, Float[np.ndarray, "t h w 3"]]:
     """How near the textured mesh comes to the views, and the pictures of it that were compared."""
     renders = render(mesh, views.cameras)

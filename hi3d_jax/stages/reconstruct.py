@@ -8,10 +8,11 @@ that is interrupted and resumed gives what it would have given.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,13 +23,13 @@ from tqdm import tqdm
 
 from hi3d_jax import mesh as meshes
 from hi3d_jax import neus, splatting, visual_hull
-from hi3d_jax.cameras import Cameras, between_neighbours
-from hi3d_jax.images import resize, write_png, written_aside
+from hi3d_jax.cameras import Cameras, between_neighbours, read_transforms
+from hi3d_jax.images import over_white, read_image, resize, write_png, written_aside
 from hi3d_jax.mesh import Mesh, MeshReport
 from hi3d_jax.neus import FittedSurface
 from hi3d_jax.splatting import Gaussians
 from hi3d_jax.stages.checks import StageError, check_finite, check_hull, check_orbit
-from hi3d_jax.stages.pictures import TURNTABLE_FPS, Scores, compare, draw_sheet, draw_turntable
+from hi3d_jax.stages.pictures import TURNTABLE_FPS, Pictures, Scores, compare, draw_pictures
 from hi3d_jax.stages.presets import ReconstructConfig
 from hi3d_jax.stages.run_record import RunRecord
 from hi3d_jax.video import Orbit, write_mp4, write_orbit
@@ -70,20 +71,23 @@ def reconstruct(
     if config.num_interpolated:
         gaussians = steps.take("splats", "splats.ply", fits.splats, splatting.write_ply, splatting.read_ply)
         draw = functools.partial(fits.draw_between, gaussians)
-        between = steps.take("interpolated", "interpolated/cameras.json", draw, _write_between, lambda path: draw())
-    fit_surface = functools.partial(fits.surface, between)
+        between = steps.take("interpolated", "interpolated/cameras.json", draw, _write_between, _read_between)
+    fit_surface = functools.partial(fits.surface, gaussians, between)
     surface = steps.take("surface", "surface.npz", fit_surface, write_surface, functools.partial(read_surface, config))
-    extract = functools.partial(_extract, surface, config)
+    extract = functools.partial(_extract, surface, fits, config)
     body = steps.take("mesh", "geometry.ply", extract, meshes.write_mesh, meshes.read_mesh)
     paint = functools.partial(_paint, body, orbit, config)
     mesh = steps.take("texture", "mesh.glb", paint, meshes.write_mesh, meshes.read_mesh)
-    show = functools.partial(_show, mesh, orbit)
-    shown = steps.take("pictures", "contact_sheet.png", show, _write_pictures, lambda path: show())
-    report = meshes.mesh_report(mesh)
-    record.results = {**dataclasses.asdict(shown.scores), "mesh": dataclasses.asdict(report)}
+    with steps.timed("scores"):
+        scores, redrawn = compare(mesh, orbit)
+        report = meshes.mesh_report(mesh)
+    record.results = {**dataclasses.asdict(scores), "mesh": dataclasses.asdict(report)}
+    if output is not None:
+        draw = functools.partial(draw_pictures, mesh, orbit, redrawn)
+        steps.take("pictures", "contact_sheet.png", draw, _write_pictures, lambda path: None)
     record.write()
     seconds = {name: step["seconds"] for name, step in record.steps.items()}
-    return Reconstruction(mesh, gaussians, surface, shown.scores, report, seconds)
+    return Reconstruction(mesh, gaussians, surface, scores, report, seconds)
 
 
 def _request(orbit: Orbit, config: ReconstructConfig) -> dict[str, Any]:
@@ -114,21 +118,27 @@ class _Steps:
         folder = self.record.folder
         if folder is not None and self.record.finished(name) and (folder / file).exists():
             return load(folder / file)
-        with self.record.step(name):
-            try:
-                made = make()
-            except ValueError as error:
-                # A bare ValueError is a defect of the program; subclasses say what a user can change.
-                if type(error) is ValueError or isinstance(error, StageError):
-                    raise
-                raise StageError(f"{name}: {error}") from error
+        with self.timed(name):
+            made = make()
             check_finite(name, made)
             if folder is not None:
                 save(folder / file, made)
+        return made if folder is None else load(folder / file)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """A step of the record; its errors begin with its name."""
+        try:
+            with self.record.step(name):
+                yield
+        except ValueError as error:
+            # A bare ValueError is a defect of the program; subclasses say what a user can change.
+            if type(error) is ValueError or isinstance(error, StageError):
+                raise
+            raise StageError(f"{name}: {error}") from error
         if self.progress:
             seconds = self.record.steps[name]["seconds"]
             tqdm.write(f"{name}: {seconds:.1f} s, {self.record.seconds:.0f} s in all")
-        return made if folder is None else load(folder / file)
 
 
 class _Fits:
@@ -164,25 +174,37 @@ class _Fits:
     def draw_between(self, gaussians: Gaussians) -> Orbit:
         """The Gaussians as seen from halfway between the views."""
         cameras = between_neighbours(self.small.cameras, self.config.num_interpolated)
-        drawn = [
-            splatting.render(gaussians, w2c, K, cameras.width, cameras.height)
-            for w2c, K in zip(cameras.w2c, cameras.K, strict=True)
-        ]
+        drawn = list(_draw(gaussians, cameras))
         views = np.stack([np.clip(picture.colour, 0, 1) for picture in drawn])
         alphas = np.stack([np.clip(picture.alpha, 0, 1) for picture in drawn])
         return Orbit(views, alphas, cameras)
 
-    def surface(self, between: Orbit | None) -> FittedSurface:
-        """NeuS on the views and those `between` them."""
+    def surface(self, gaussians: Gaussians | None, between: Orbit | None) -> FittedSurface:
+        """NeuS on the views and those `between` them, started at what masks and splats leave of space."""
         parts = [self.small] if between is None else [self.small, between]
+        alphas = np.concatenate([part.alphas for part in parts])
+        cameras = Cameras.concatenate([part.cameras for part in parts])
+        start = self.hull
+        if gaussians is not None:
+            depths = np.stack([picture.depth for picture in _draw(gaussians, cameras)])
+            start = visual_hull.carve_by_depths(start, depths, alphas, cameras)
         return neus.fit(
             np.concatenate([part.views for part in parts]),
-            np.concatenate([part.alphas for part in parts]),
-            Cameras.concatenate([part.cameras for part in parts]),
+            alphas,
+            cameras,
             dataclasses.replace(self.config.neus, seed=self.config.seed),
-            initial_sdf=self.hull.sdf,
+            initial_sdf=start.sdf,
             progress=self.progress,
         )
+
+    def outside(self, points: np.ndarray) -> np.ndarray:
+        """Signed distances to the space that the masks allow, half a cell of doubt granted."""
+        return self.hull.sample(points) - 0.5 * self.hull.spacing
+
+
+def _draw(gaussians: Gaussians, cameras: Cameras) -> Iterator[splatting.Rendering]:
+    for w2c, K in zip(cameras.w2c, cameras.K, strict=True):
+        yield splatting.render(gaussians, w2c, K, cameras.width, cameras.height)
 
 
 def _write_views(path: Path, orbit: Orbit) -> None:
@@ -192,6 +214,12 @@ def _write_views(path: Path, orbit: Orbit) -> None:
 
 def _write_between(path: Path, orbit: Orbit) -> None:
     write_orbit(path.parent, orbit)
+
+
+def _read_between(path: Path) -> Orbit:
+    cameras, names = read_transforms(path)
+    pictures = [read_image(path.parent / name) for name in names]
+    return Orbit(np.stack([over_white(p) for p in pictures]), np.stack([p[..., 3] for p in pictures]), cameras)
 
 
 def write_surface(path: Path, surface: FittedSurface) -> None:
@@ -216,9 +244,10 @@ def read_surface(config: ReconstructConfig, path: Path) -> FittedSurface:
     return FittedSurface(jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves]), config.neus.fields)
 
 
-def _extract(surface: FittedSurface, config: ReconstructConfig) -> Mesh:
+def _extract(surface: FittedSurface, fits: _Fits, config: ReconstructConfig) -> Mesh:
     bound = np.full(3, surface.config.half_side)
-    return meshes.decimate(meshes.extract_surface(surface.sdf, -bound, bound, config.resolution), config.num_faces)
+    body = meshes.extract_surface(surface.sdf, -bound, bound, config.resolution)
+    return meshes.decimate(meshes.flatten_unseen(body, fits.small.cameras, fits.outside), config.num_faces)
 
 
 def _paint(body: Mesh, orbit: Orbit, config: ReconstructConfig) -> Mesh:
@@ -226,18 +255,6 @@ def _paint(body: Mesh, orbit: Orbit, config: ReconstructConfig) -> Mesh:
     return meshes.bake_texture(unwrapped, orbit.views, orbit.alphas, orbit.cameras, config.texture_size)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shown:
-    scores: Scores
-    sheet: np.ndarray
-    turntable: np.ndarray
-
-
-def _show(mesh: Mesh, orbit: Orbit) -> _Shown:
-    scores, redrawn = compare(mesh, orbit)
-    return _Shown(scores, draw_sheet(mesh, orbit, redrawn), draw_turntable(mesh))
-
-
-def _write_pictures(path: Path, shown: _Shown) -> None:
-    write_mp4(path.with_name("turntable.mp4"), shown.turntable, TURNTABLE_FPS)
-    write_png(path, shown.sheet)
+def _write_pictures(path: Path, pictures: Pictures) -> None:
+    write_mp4(path.with_name("turntable.mp4"), pictures.turntable, TURNTABLE_FPS)
+    write_png(path, pictures.sheet)
