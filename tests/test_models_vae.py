@@ -32,7 +32,7 @@ def test_the_temporal_decoder_takes_clips():
 
 def test_images_of_odd_sizes_are_refused():
     network = abstract_network(Autoencoder, AutoencoderConfig.tiny())
-    with pytest.raises(ValueError, match="24 x 18 pixels: use multiples of 8"):
+    with pytest.raises(ValueError, match="24 x 18 pixels: sides must be multiples of 8"):
         shape_of(network, "encode", 1, 18, 24, 3)
 
 

@@ -110,6 +110,8 @@ class LazyWeight:
 
 
 def run_diffusers(args: argparse.Namespace) -> tuple[np.ndarray, dict]:
+    # The U-Net needs no torchvision, and one built for another torch cannot even be imported.
+    sys.modules.setdefault("torchvision", None)
     import diffusers
     import torch
     from torch.utils.flop_counter import FlopCounterMode
