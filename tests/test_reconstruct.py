@@ -19,7 +19,7 @@ TINY = ReconstructConfig(
     image_size=32,
     hull_resolution=32,
     num_gaussians=200,
-    splats=FitConfig(steps=3, sh_degree=0, resolutions=((1.0, 1.0),)),
+    splats=FitConfig(steps=3, sh_degree=0, resolutions=((1.0, 32),)),
     neus=NeuSConfig(
         fields=FieldConfig(grid=HashGridConfig(num_levels=2, log2_table_size=8), sdf_width=8, colour_width=8),
         sampling=SamplingConfig(coarse=24, fine=6),
