@@ -9,7 +9,7 @@ class WithoutTorch(pytest.Module):
     """A test file that is not even imported."""
 
     def collect(self):
-        pytest.skip("compares with PyTorch, which is not installed (pip install -e '.[parity]')", allow_module_level=True)
+        pytest.skip("compares with PyTorch, which is not installed", allow_module_level=True)
 
 
 def pytest_pycollect_makemodule(module_path, parent):
