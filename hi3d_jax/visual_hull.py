@@ -85,6 +85,44 @@ def _distance_to_cone(points, alpha, camera: Cameras) -> Float[np.ndarray, "n"]:
     return distance.astype(np.float32)
 
 
+def carve_by_depths(
+    hull: VisualHull,
+    depths: Float[np.ndarray, "t h w"],
+    alphas: Float[np.ndarray, "t h w"],
+    cameras: Cameras,
+    margin: float = 0.016,
+    reach: float = 0.08,
+) -> VisualHull:
+    """Carves from the hull the space that views look through: what masks cannot show, the inside of a cup or the gap
+    between a wheel and its car.
+
+    `depths` (z along the optical axis) are fused as truncated signed distances (Curless & Levoy 1996), cut at `reach`;
+    edges of depth count less. Splats are soft, so their depths lie behind the surface: only what is more than `margin`
+    (world units) in front of the fused surface goes, and where hull and depths agree the hull's precise outline stays.
+    """
+    near = np.flatnonzero(hull.sdf.reshape(-1) < 2 * hull.spacing)
+    index = np.stack(np.unravel_index(near, hull.sdf.shape), axis=1)
+    points = (hull.lower + index * hull.spacing).astype(np.float32)
+    pixels, distance = project(points, cameras)
+    total, weight = np.zeros(len(points)), np.zeros(len(points))
+    height, width = alphas.shape[1:]
+    for view, depth in enumerate(depths):
+        column = np.clip(pixels[view, :, 0].astype(int), 0, width - 1)
+        row = np.clip(pixels[view, :, 1].astype(int), 0, height - 1)
+        steep = (ndimage.maximum_filter(depth, 3) - ndimage.minimum_filter(depth, 3))[row, column]
+        before = depth[row, column] - distance[view]
+        known = (alphas[view][row, column] > 0.9) & (before > -reach)
+        share = known / (1 + (steep / 0.02) ** 2)
+        total += share * np.clip(before, -reach, reach)
+        weight += share
+    # Points that only a view or none at the edge of depths has seen stay as they are.
+    fused = np.where(weight > 0.3, total / np.maximum(weight, 1e-6), -reach)
+    sdf = hull.sdf.reshape(-1).copy()
+    # Beyond the hull the fused distance says nothing that the hull does not say better.
+    sdf[near] = np.maximum(sdf[near], fused - margin)
+    return dataclasses.replace(hull, sdf=sdf.reshape(hull.sdf.shape).astype(np.float32))
+
+
 def touches_border(alpha: Float[np.ndarray, "h w"]) -> bool:
     """Whether the mask runs into the frame's border, so that the view shows only a part of the object."""
     return bool(max(alpha[0].max(), alpha[-1].max(), alpha[:, 0].max(), alpha[:, -1].max()) > 0.5)
@@ -116,7 +154,9 @@ def surface_points(hull: VisualHull, count: int, seed: int = 0) -> Float[np.ndar
     gradient = np.stack(np.gradient(hull.sdf, hull.spacing), axis=-1)
     for _ in range(2):
         index = ((points - hull.lower) / hull.spacing).T
-        normal = np.stack([ndimage.map_coordinates(gradient[..., i], index, order=1, mode="nearest") for i in range(3)], 1)
+        normal = np.stack(
+            [ndimage.map_coordinates(gradient[..., i], index, order=1, mode="nearest") for i in range(3)], 1
+        )
         squared = np.maximum((normal**2).sum(axis=1, keepdims=True), 0.05)
         points = points - hull.sample(points)[:, None] * normal / squared
     return np.clip(points, hull.lower, hull.upper).astype(np.float32)
@@ -140,6 +180,8 @@ def colours_at(
             towards = cameras.centres[view] - points
             facing = np.clip((normals * towards).sum(1) / np.linalg.norm(towards, axis=1), 0, 1) ** 4
         share = (alpha * facing * (depth[view] > 0))[:, None]
-        colour = np.stack([ndimage.map_coordinates(views[view, ..., c], at, order=1, mode="nearest") for c in range(3)], 1)
+        colour = np.stack(
+            [ndimage.map_coordinates(views[view, ..., c], at, order=1, mode="nearest") for c in range(3)], 1
+        )
         total, weight = total + share * colour, weight + share
     return np.where(weight > 1e-3, total / weight, 0.5).astype(np.float32)

@@ -8,6 +8,7 @@ from hi3d_jax.mesh.surface import extract_surface
 from hi3d_jax.mesh.texture import bake_texture, paint_texture
 from hi3d_jax.mesh.topology import MeshReport, clean, is_watertight, mesh_report
 from hi3d_jax.mesh.triangles import Mesh, MeshError, check_mesh, creased_normals, face_normals, smooth_normals
+from hi3d_jax.mesh.unseen import flatten_unseen, seen_vertices
 from hi3d_jax.mesh.unwrap import unwrap
 
 __all__ = [
@@ -24,11 +25,13 @@ __all__ = [
     "depth_maps",
     "extract_surface",
     "face_normals",
+    "flatten_unseen",
     "is_watertight",
     "mesh_report",
     "paint_texture",
     "read_mesh",
     "render",
+    "seen_vertices",
     "smooth_normals",
     "unwrap",
     "write_mesh",

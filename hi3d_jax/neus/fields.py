@@ -21,7 +21,8 @@ from hi3d_jax.neus.hash_grid import HashGridConfig
 # Softplus of this sharpness is the ReLU-like activation of NeuS's and instant-nsr-pl's SDF network.
 SOFTPLUS_BETA = 100.0
 
-Layers = tuple[tuple[Float[Array, "outputs inputs"], Float[Array, "outputs"]], ...]
+# Each layer has sizes of its own, so its shapes carry no names.
+Layers = tuple[tuple[Float[Array, "_ _"], Float[Array, "_"]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +87,6 @@ def _init_relu_layers(key: Array, widths: list[int]) -> Layers:
         key, own = jax.random.split(key)
         layers.append((jax.random.normal(own, (outputs, inputs)) * math.sqrt(2 / inputs), jnp.zeros(outputs)))
     return tuple(layers)
-
-
-def softplus_mlp(layers: Layers, inputs: Float[Array, "inputs n"]) -> Float[Array, "outputs n"]:
-    """The SDF network: linear layers with softplus of `SOFTPLUS_BETA` in between."""
-    for kernel, bias in layers[:-1]:
-        inputs = jax.nn.softplus(SOFTPLUS_BETA * (kernel @ inputs + bias[:, None])) / SOFTPLUS_BETA
-    kernel, bias = layers[-1]
-    return kernel @ inputs + bias[:, None]
 
 
 def evaluate(

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax import Array
 from jaxtyping import Float
+from scipy import ndimage
 from tqdm import tqdm
 
 from hi3d_jax.cameras import Cameras
@@ -27,6 +28,8 @@ from hi3d_jax.neus.render import SamplingConfig
 
 # Cells whose (blurred) gradient is far below this stay where they are instead of being moved by noise.
 DENSE_EPS = 1e-7
+# 1 / world units: how near to the surface a point counts as being on it.
+SPARSITY_SCALE = 50.0
 
 
 class NeuSError(ValueError):
@@ -38,10 +41,9 @@ class LossWeights:
     """Weights of the loss terms (NeuS, section 3.3)."""
 
     rgb: float = 1.0
-    mask: float = 0.3
+    mask: float = 0.05
     eikonal: float = 0.1
-    sparsity: float = 0.0  # pulls surfaces together that no view sees (SparseNeuS, equation 7)
-    smoothness: float = 1e-4  # squared Laplacian of the dense grid: surfaces that no view sees become flat
+    sparsity: float = 5e-3  # against matter that no ray needs (SparseNeuS, equation 7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +53,15 @@ class NeuSConfig:
     fields: FieldConfig = FieldConfig()
     sampling: SamplingConfig = SamplingConfig()
     loss: LossWeights = LossWeights()
-    iterations: int = 600
+    iterations: int = 300
     rays: int = 1024  # per iteration
     learning_rate: float = 1e-2  # hash tables and colour network
-    sdf_learning_rate: float = 5e-4  # SDF network
-    dense_learning_rate: float = 1.5e-3  # dense grid: world units a step moves the surface at most
-    colour_first: float = 0.1  # share of the iterations before the surface moves: colours have to mean something first
+    sdf_learning_rate: float = 1e-3  # SDF network; a start that is nearly right wants far less
+    dense_learning_rate: float = 3e-4  # dense grid: world units that a step moves the surface at most
+    colour_first: float = 0.2  # share of the iterations before the surface moves: colours have to mean something first
     smoothing: tuple[float, float] = (2.0, 0.7)  # blur of the dense grid's gradient at the start and end, in cells
-    inv_s: tuple[float, float] = (80.0, 800.0)  # sharpness of the surface at the start and the end, 1 / world units
-    cosine_anneal: float = 0.3  # share of the iterations until equation 13 is exact
+    inv_s: tuple[float, float] = (200.0, 1000.0)  # sharpness of the surface at the start and the end, 1 / world units
+    cosine_anneal: float = 0.1  # share of the iterations until equation 13 is exact
     level_anneal: float = 0.5  # share of the iterations until all levels of the hash grid are in
     cache_resolution: int = 80  # of the signed-distance cache that guides sampling
     cache_interval: int = 50  # iterations between its renewals
@@ -110,8 +112,6 @@ class RayPool:
     @classmethod
     def build(cls, views, alphas, cameras: Cameras, margin: int = 4) -> RayPool:
         """`margin`: how far, in pixels, "near the object" reaches beyond the mask."""
-        from scipy import ndimage
-
         near = np.stack([ndimage.binary_dilation(alpha > 0.02, iterations=margin) for alpha in alphas]).reshape(-1)
         rgba = np.concatenate([views, alphas[..., None]], axis=-1)
         rgba = np.round(np.clip(rgba, 0, 1) * 255).astype(np.uint8)
@@ -178,27 +178,19 @@ def loss_terms(
     anywhere = jax.random.uniform(point_key, (3, config.rays), minval=-half_side, maxval=half_side)
     points = jnp.concatenate([batch["origins"] + chosen[None] * batch["directions"], anywhere], axis=1)
     gradient = neus_fields.gradient(fields, config.fields, points, now["level_weights"])
+    sdf, _, _ = neus_fields.evaluate(fields, config.fields, anywhere, jnp.zeros_like(anywhere), now["level_weights"])
     # The small constant keeps the derivative of the root finite where the gradient vanishes.
     length = jnp.sqrt((gradient**2).sum(axis=0) + 1e-12)
     return {
         "rgb": jnp.abs(rendered - wanted).mean(),
         "mask": mask.mean(),
         "eikonal": ((length - 1) ** 2).mean(),
-        "smoothness": dense_smoothness(fields.dense, half_side) if fields.dense is not None else jnp.zeros(()),
+        "sparsity": jnp.exp(-SPARSITY_SCALE * jnp.abs(sdf)).mean(),
     }
 
 
-def dense_smoothness(dense: Float[Array, "r r r"], half_side: float) -> Float[Array, ""]:
-    """Mean squared Laplacian of the grid (1 / world units squared); of a signed distance it is the mean curvature."""
-    inner = dense[1:-1, 1:-1, 1:-1]
-    neighbours = dense[2:, 1:-1, 1:-1] + dense[:-2, 1:-1, 1:-1] + dense[1:-1, 2:, 1:-1] + dense[1:-1, :-2, 1:-1]
-    neighbours = neighbours + dense[1:-1, 1:-1, 2:] + dense[1:-1, 1:-1, :-2]
-    spacing = 2 * half_side / (dense.shape[0] - 1)
-    return (((neighbours - 6 * inner) / spacing**2) ** 2).mean()
-
-
-def build_optimizer(config: NeuSConfig, fields: Fields) -> optax.GradientTransformation:
-    """Adam with a rate of its own for each kind of parameter, decaying to a tenth."""
+def build_optimizer(config: NeuSConfig) -> optax.GradientTransformation:
+    """Adam with a rate of its own for each kind of parameter, decaying to a tenth; on the fields as a dictionary."""
 
     def adam(rate: float, start: float, eps: float = 1e-15) -> optax.GradientTransformation:
         begin = int(start * config.iterations)
@@ -207,17 +199,13 @@ def build_optimizer(config: NeuSConfig, fields: Fields) -> optax.GradientTransfo
         )
         return optax.adam(rates, b1=0.9, b2=0.99, eps=eps)
 
-    labels = dataclasses.replace(
-        jax.tree.map(lambda _: "colour", fields),
-        sdf_layers=jax.tree.map(lambda _: "sdf", fields.sdf_layers),
-        dense=None if fields.dense is None else "dense",
-    )
+    kinds = {"tables": "colour", "dense": "dense", "sdf_layers": "sdf", "colour_layers": "colour"}
     groups = {
         "colour": adam(config.learning_rate, 0.0),
         "sdf": adam(config.sdf_learning_rate, config.colour_first),
         "dense": adam(config.dense_learning_rate, config.colour_first, DENSE_EPS),
     }
-    return optax.multi_transform(groups, labels)
+    return optax.multi_transform(groups, kinds)
 
 
 def blur(grid: Float[Array, "r r r"], sigma: float | Array) -> Float[Array, "r r r"]:
@@ -248,8 +236,8 @@ def _step(config: NeuSConfig, optimizer, fields, optimizer_state, cache, batch, 
         first, last = config.smoothing
         smooth = blur(gradient.dense, first * (last / first) ** progress)
         gradient = dataclasses.replace(gradient, dense=smooth)
-    updates, optimizer_state = optimizer.update(gradient, optimizer_state, fields)
-    return optax.apply_updates(fields, updates), optimizer_state, terms
+    updates, optimizer_state = optimizer.update(vars(gradient), optimizer_state, vars(fields))
+    return Fields(**optax.apply_updates(vars(fields), updates)), optimizer_state, terms
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -284,9 +272,10 @@ def fit(
     Raises `NeuSError` if the loss becomes NaN.
     """
     pool = RayPool.build(views, alphas, cameras)
-    fields = neus_fields.init_fields(config.fields, jax.random.key(config.seed), initial_sdf)
-    optimizer = build_optimizer(config, fields)
-    optimizer_state = optimizer.init(fields)
+    dense = None if initial_sdf is None else jnp.asarray(initial_sdf)
+    fields = neus_fields.init_fields(config.fields, jax.random.key(config.seed), dense)
+    optimizer = build_optimizer(config)
+    optimizer_state = optimizer.init(vars(fields))
     generator, key = np.random.default_rng(config.seed), jax.random.key(config.seed + 1)
     bar = tqdm(range(config.iterations), desc="NeuS", unit="it", disable=not progress)
     for iteration in bar:

@@ -84,30 +84,30 @@ def sample_distances(
     origins: Float[Array, "3 n"],
     directions: Float[Array, "3 n"],
     key: Array,
-) -> Float[Array, "fine n"]:
-    """Sorted distances along each ray, dense where the cached signed distances say that light stops.
+) -> Float[Array, "edges n"]:
+    """Sorted distances along each ray that bound its sections, dense where the cached signed distances say that light
+    stops.
 
     The cache is read at `coarse` places; the opacity a surface would have there is the density samples are drawn from
     (inverse transform, stratified), with a small floor so that no place is ever impossible.
     """
     near, far = cube_span(origins, directions, half_side)
     first, second = jax.random.split(key)
-    shift = jax.random.uniform(first, near.shape)
+    shift = jax.random.uniform(first, near.shape) - 0.5
     step = (far - near) / config.coarse
-    index = jnp.arange(config.coarse + 1, dtype=step.dtype)[:, None]
-    at = near[None] + (index[:-1] + shift[None]) * step[None]
-    points = origins[:, None] + at[None] * directions[:, None]
-    points = points.reshape(3, -1) * (0.5 / half_side) + 0.5
-    sdf, _ = hash_grid.interpolate(cache, points, jnp.zeros_like(points))
-    # As if every surface were met head-on: a ray that only grazes one must still look at it. And as if it were half as
-    # sharp: with its own sharpness the last sample would leave some 3 % of the light, and the fit would swell to stop it.
-    alpha = alpha_from_sdf(sdf.reshape(at.shape), jnp.full_like(at, -1), step[None], 0.5 * inv_s, 1.0)
+    edges = near[None] + (jnp.arange(config.coarse + 1, dtype=step.dtype)[:, None] + shift[None]) * step[None]
+    points = (origins[:, None] + edges[None] * directions[:, None]).reshape(3, -1)
+    sdf, _ = hash_grid.interpolate(cache, points * (0.5 / half_side) + 0.5, jnp.zeros_like(points))
+    # As if the surface were half as sharp: the fit would swell a surface behind which no sample lies.
+    passing = jax.nn.sigmoid(0.5 * inv_s * sdf.reshape(edges.shape))
+    alpha = jnp.clip((passing[:-1] - passing[1:] + 1e-5) / (passing[:-1] + 1e-5), 0, 1)
     density = alpha * transmittance(alpha) + 1e-3 / config.coarse
     cumulative = jnp.concatenate([jnp.zeros_like(density[:1]), jnp.tril(jnp.ones((config.coarse,) * 2)) @ density])
     jitter = jax.random.uniform(second, (config.fine, *near.shape))
-    wanted = (jnp.arange(config.fine, dtype=jitter.dtype)[:, None] + jitter) / config.fine * cumulative[-1:]
-    edges = near[None] + (index + shift[None] - 0.5) * step[None]
-    return jax.vmap(jnp.interp, in_axes=1, out_axes=1)(wanted, cumulative, edges)
+    places = jnp.arange(config.fine, dtype=jitter.dtype)[:, None]
+    wanted = (places + jitter) / config.fine * cumulative[-1:]
+    distances = jax.vmap(jnp.interp, in_axes=1, out_axes=1)(wanted, cumulative, edges)
+    return jnp.concatenate([distances, distances[-1:] + 2 * step[None]])
 
 
 def render_rays(
@@ -116,20 +116,18 @@ def render_rays(
     level_weights: Float[Array, "levels"],
     origins: Float[Array, "3 n"],
     directions: Float[Array, "3 n"],
-    distances: Float[Array, "fine n"],
+    distances: Float[Array, "edges n"],
     inv_s: float | Float[Array, ""],
     anneal: float | Float[Array, ""],
 ) -> RayRendering:
-    """Renders unit-`directions` rays from samples at `distances`."""
-    # Each sample stands for the section up to its neighbours' midpoints.
+    """Renders unit-`directions` rays, evaluating the fields in the middle of the sections between `distances`."""
     middle = 0.5 * (distances[1:] + distances[:-1])
-    edges = jnp.concatenate([2 * distances[:1] - middle[:1], middle, 2 * distances[-1:] - middle[-1:]])
-    points = origins[:, None] + distances[None] * directions[:, None]
+    points = origins[:, None] + middle[None] * directions[:, None]
     along = jnp.broadcast_to(directions[:, None], points.shape).reshape(3, -1)
     sdf, cosine, features = neus_fields.evaluate(fields, config, points.reshape(3, -1), along, level_weights)
     colour = neus_fields.colour(fields, features).reshape(points.shape)
-    sdf, cosine = sdf.reshape(distances.shape), cosine.reshape(distances.shape)
-    alpha = alpha_from_sdf(sdf, cosine, jnp.diff(edges, axis=0), inv_s, anneal)
+    sdf, cosine = sdf.reshape(middle.shape), cosine.reshape(middle.shape)
+    alpha = alpha_from_sdf(sdf, cosine, jnp.diff(distances, axis=0), inv_s, anneal)
     weights = alpha * transmittance(alpha)
     # What passes even the last sample of an opaque ray is the quadrature's error, not a reason to move the surface.
     opacity = weights.sum(axis=0)

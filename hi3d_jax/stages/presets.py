@@ -31,7 +31,7 @@ class ReconstructConfig:
     hull_resolution: int = 128
     num_gaussians: int = 10_000
     splats: FitConfig = dataclasses.field(default_factory=FitConfig)
-    neus: NeuSConfig = dataclasses.field(default_factory=NeuSConfig)
+    neus: NeuSConfig = NeuSConfig(iterations=400, rays=2048, sdf_learning_rate=2e-5)
     resolution: int = 256
     num_faces: int = 40_000
     texture_size: int = 2048
@@ -65,8 +65,8 @@ PRESETS: dict[Quality, ReconstructConfig] = {
         image_size=256,
         hull_resolution=96,
         num_gaussians=5_000,
-        splats=FitConfig(steps=400),
-        neus=NeuSConfig(iterations=300),
+        splats=FitConfig(steps=300),
+        neus=NeuSConfig(iterations=200, sdf_learning_rate=2e-5),
         resolution=192,
         num_faces=20_000,
         texture_size=1024,
@@ -77,7 +77,7 @@ PRESETS: dict[Quality, ReconstructConfig] = {
         hull_resolution=160,
         num_gaussians=100_000,
         splats=FitConfig(steps=7_000, sh_degree=3),
-        neus=NeuSConfig(iterations=10_000, rays=8192),
+        neus=NeuSConfig(iterations=10_000, rays=8192, sdf_learning_rate=2e-5),
         resolution=512,
         num_faces=200_000,
         texture_size=4096,
