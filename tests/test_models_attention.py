@@ -52,9 +52,9 @@ def test_half_precision_keeps_float32_statistics():
     qkv = [x.astype(jnp.bfloat16) for x in random_qkv(600, 70)]
     half = attend(*qkv)
     assert half.dtype == jnp.bfloat16
-    # Weights and results are rounded to 8 bits: at most 2^-9 of values up to 12, twice.
+    # Weights and results are rounded to 8 bits: at most 2^-8 of values up to 12, twice.
     expected = textbook(*(x.astype(jnp.float32) for x in qkv))
-    np.testing.assert_allclose(half.astype(jnp.float32), expected, atol=12 * 2**-8)
+    np.testing.assert_allclose(half.astype(jnp.float32), expected, atol=12 * 2**-7)
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "backward with products kept"])
