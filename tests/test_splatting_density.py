@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hi3d_jax.splatting.density import DEAD_OPACITY, position_noise, relocate, split
+from hi3d_jax import cameras
+from hi3d_jax.splatting.density import DEAD_OPACITY, position_noise, relocate, split, without_floaters
 from hi3d_jax.splatting.gaussians import Gaussians
 
 
@@ -83,3 +84,17 @@ def test_noise_follows_the_covariance_of_transparent_gaussians():
     expected = gate**2 * covariance @ covariance
     assert np.abs(np.cov(noise.T) - expected).max() < 0.05 * np.abs(expected).max()
     assert np.abs(position_noise(jax.random.key(0), scene([0.5, 0.9]))).max() < 1e-12
+
+
+def test_floaters_and_the_invisible_are_dropped_and_no_others():
+    seen = cameras.orbit(width=64)
+    y, x = np.mgrid[:64, :64] + 0.5 - 32
+    # A ball of radius 0.3 at the origin.
+    disc = (np.hypot(x, y) < 0.3 / 1.5 * seen.K[0, 0, 0]).astype(np.float32)
+    before = scene([0.5, 0.5, 0.5, 0.001])
+    means = jnp.array([[0.0, 0, 0], [0.2, 0.1, 0.1], [0.0, 0.0, 0.45], [0.0, 0.0, 0.0]])
+    before = Gaussians(means, before.quats, before.log_scales, before.opacity_logits, before.sh)
+    after = without_floaters(before, np.stack([disc] * 16), seen)
+    np.testing.assert_array_equal(after.means, means[:2])
+    emptied = without_floaters(before, np.zeros((16, 64, 64), np.float32), seen)
+    assert len(emptied) == 4

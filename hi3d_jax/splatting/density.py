@@ -10,13 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, PRNGKeyArray
+from scipy import ndimage
 
+from hi3d_jax import cameras
 from hi3d_jax.splatting.gaussians import Gaussians
-from hi3d_jax.splatting.projection import rotations
+from hi3d_jax.splatting.projection import MIN_ALPHA, rotations
 
 # Opacity under which a Gaussian is dead, and around which the noise fades in (the paper's 0.005).
 DEAD_OPACITY = 0.005
 NOISE_SHARPNESS = 100.0
+# A centre is a floater when it lies outside the mask, widened by this share of the image, in this share of the views.
+MASK_MARGIN = 0.02
+FLOATER_SHARE = 0.25
 # Nodes of the integral in `split`: t from 0 to 6 standard deviations.
 QUADRATURE_NODES = 64
 QUADRATURE_END = 6.0
@@ -67,6 +72,24 @@ def position_noise(key: PRNGKeyArray, gaussians: Gaussians) -> Float[Array, "n 3
     gate = jax.nn.sigmoid(NOISE_SHARPNESS * (DEAD_OPACITY - gaussians.opacities))
     normal = jax.random.normal(key, gaussians.means.shape)
     return gate[:, None] * jnp.einsum("nij,nkj,nk->ni", axes, axes, normal)
+
+
+def without_floaters(gaussians: Gaussians, alphas: Float[np.ndarray, "t h w"], seen: cameras.Cameras) -> Gaussians:
+    """The Gaussians that draw something, and whose centres lie within the masks of most views.
+
+    Not of all views: those of a generated orbit do not quite agree. Outside an image there is no mask to violate.
+    """
+    pixels, depths = cameras.project(np.asarray(gaussians.means), seen)
+    margin = 1 + 2 * round(MASK_MARGIN * max(seen.width, seen.height))
+    outside = np.zeros(len(gaussians))
+    for alpha, points, depth in zip(alphas, pixels, depths, strict=True):
+        x, y = np.floor(np.clip(points, -1, [seen.width, seen.height])).astype(int).T
+        within = (depth > 0) & (x >= 0) & (y >= 0) & (x < seen.width) & (y < seen.height)
+        widened = ndimage.maximum_filter(alpha, size=margin)
+        outside[within] += widened[y[within], x[within]] < 0.5
+    kept = (outside <= FLOATER_SHARE * len(alphas)) & (np.asarray(gaussians.opacities) >= MIN_ALPHA)
+    # Masks that contradict the Gaussians altogether are no evidence against single ones.
+    return gaussians[np.flatnonzero(kept)] if kept.any() else gaussians
 
 
 def _select(mask, new, old):

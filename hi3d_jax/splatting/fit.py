@@ -1,7 +1,8 @@
 """Fits Gaussians to views with known cameras and masks (Kerbl et al. 2023; Kheradmand et al. 2024; Hi3D section 4.4).
 
 One view a step, in an order shuffled anew for every round over the views; first at reduced resolution. The number of
-Gaussians stays that of the points given.
+Gaussians stays that of the points given until the end, when those are dropped that draw nothing or float outside the
+masks.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ class FitConfig:
     # (share of the steps, longest image side in pixels) one after another; views are shrunk to it, never enlarged.
     # Two sizes below 256 cost more to compile than they save.
     resolutions: tuple[tuple[float, int], ...] = ((0.5, 256), (0.5, 1024))
-    means_rate: float = 2e-3
-    means_rate_final: float = 2e-5
+    means_rate: float = 1e-3
+    means_rate_final: float = 1e-5
     quats_rate: float = 2e-3
-    log_scales_rate: float = 1e-2
+    log_scales_rate: float = 2e-2
     opacity_logits_rate: float = 5e-2
     sh_rate: float = 1e-2
     # 3DGS: the view-dependent coefficients learn 20 times slower.
@@ -88,7 +89,7 @@ def fit(
             bar.update()
             if step % 10 == 0:
                 bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
-    return gaussians
+    return density.without_floaters(gaussians, alphas, cameras)
 
 
 class _Level:

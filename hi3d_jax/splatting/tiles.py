@@ -42,7 +42,7 @@ class Capacity:
         """This capacity, or one with room to spare where it does not hold what is needed."""
         if pairs <= self.pairs and steps <= self.steps:
             return self
-        return Capacity.holding(max(self.pairs, 5 * pairs // 4), max(self.steps, 5 * steps // 4))
+        return Capacity.holding(max(self.pairs, 3 * pairs // 2), max(self.steps, 3 * steps // 2))
 
 
 def _round_up(needed: int) -> int:
