@@ -1,8 +1,8 @@
 """The visual hull of an orbit's masks (Laurentini 1994) as a signed-distance grid.
 
 It is the largest shape that the masks allow: the surface that splatting and NeuS start from, and the baseline that any
-reconstruction has to beat. Signed: negative inside. Grids are indexed [x y z] over a cube in world units, samples on the
-cube's faces included.
+reconstruction has to beat. Signed: negative inside. Grids are indexed [x y z] over a cube in world units, samples on
+the cube's faces included.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def carve(
         sdf = np.maximum(sdf, _distance_to_cone(points, alphas[view], cameras[view : view + 1]))
     if not (sdf < 0).any():
         raise EmptyHullError(
-            "no point of space projects into all masks: check elevation, radius, field of view and the direction of the "
-            "orbit (azimuth grows counter-clockwise seen from above), and that every view shows the object"
+            "no point of space projects into all masks: check elevation, radius, field of view and the direction of "
+            "the orbit (azimuth grows counter-clockwise seen from above), and that every view shows the object"
         )
     # Beyond what any view sees nothing is carved: the cube's border closes the shape there.
     border = np.abs(points).max(axis=1) - half_side

@@ -3,10 +3,10 @@
     python experiments/benchmarks/reconstruct.py ../shared/objects --split val --out results.jsonl
     python experiments/benchmarks/reconstruct.py ../shared/objects --num-interpolated 0 --out results_m0.jsonl
 
-Ground truth: 16 views at 256 pixels, elevation 20 degrees, softly lit by lamps that stand still in the world, true
-cameras, true masks. Splats are scored on 16 views halfway between. One line of JSON per object, so a run that is stopped
-goes on where it was; the table is printed at the end. An object that leaves the frame is used as it is: what no view
-shows of it is not carved, and it counts like the others except in the mean over watertight objects in frame.
+Ground truth: 16 views at 256 pixels, elevation 20 degrees, softly lit by lamps that stand still in the world; true
+cameras and masks. Splats are scored on 16 views halfway between. One line of JSON per object, so a run that is
+stopped goes on where it was; the table is printed at the end. An object that leaves the frame is used as it is: what no
+view shows of it is not carved, and it counts like the others except in the mean over watertight objects in frame.
 """
 
 from __future__ import annotations

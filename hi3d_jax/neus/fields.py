@@ -1,13 +1,14 @@
 """The fields of NeuS (Wang et al. 2021): a signed distance and a colour for every point of a cube.
 
 The signed distance is a dense grid (the visual hull, where one is given) plus a small network on a multiresolution hash
-grid, as in Instant NGP and instant-nsr-pl; negative inside. Colour depends on position alone: on the few views of an orbit
-a view-dependent colour explains away exactly the disagreement that should move the surface. Normals are analytic.
+grid, as in Instant NGP and instant-nsr-pl; negative inside. Colour depends on position alone: on the few views of an
+orbit a view-dependent colour explains away exactly the disagreement that should move the surface. Normals are analytic.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -27,7 +28,7 @@ Layers = tuple[tuple[Float[Array, "_ _"], Float[Array, "_"]], ...]
 
 @dataclasses.dataclass(frozen=True)
 class FieldConfig:
-    """Sizes of the fields; defaults after instant-nsr-pl's neus-blender.yaml, narrowed to what two CPU cores can fit."""
+    """Sizes of the fields; defaults after instant-nsr-pl's neus-blender.yaml, narrowed to what a CPU can fit."""
 
     grid: HashGridConfig = HashGridConfig()
     half_side: float = 0.55  # the cube is [-half_side, half_side]^3, world units
@@ -83,7 +84,7 @@ def init_sphere_layers(key: Array, encoding: int, width: int, outputs: int, radi
 
 def _init_relu_layers(key: Array, widths: list[int]) -> Layers:
     layers = []
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in itertools.pairwise(widths):
         key, own = jax.random.split(key)
         layers.append((jax.random.normal(own, (outputs, inputs)) * math.sqrt(2 / inputs), jnp.zeros(outputs)))
     return tuple(layers)

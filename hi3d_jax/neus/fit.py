@@ -1,7 +1,7 @@
 """Fits a NeuS field to posed, masked views (paper section 4.4; Wang et al. 2021; schedule after instant-nsr-pl).
 
-The surface starts at the visual hull of the masks where one is given, because two CPU cores cannot afford to find it again,
-and else as a sphere. Coarse to fine: levels of the hash grid fade in, the surface sharpens, normals anneal.
+The surface starts at the visual hull of the masks where one is given, because two CPU cores cannot afford to find it
+again, and else as a sphere. Coarse to fine: levels of the hash grid fade in, the surface sharpens, normals anneal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from hi3d_jax.neus import fields as neus_fields
 from hi3d_jax.neus import render
 from hi3d_jax.neus.fields import FieldConfig, Fields
 from hi3d_jax.neus.render import SamplingConfig
-
 
 # Cells whose (blurred) gradient is far below this stay where they are instead of being moved by noise.
 DENSE_EPS = 1e-7
@@ -118,7 +117,7 @@ class RayPool:
         return cls(rgba, np.flatnonzero(near).astype(np.int64), np.flatnonzero(~near).astype(np.int64), cameras)
 
     def draw(self, generator: np.random.Generator, count: int, background_share: float = 0.1) -> dict[str, np.ndarray]:
-        """`count` random rays: origins and unit directions [3 n], premultiplied colour [3 n] and alpha [n] in [0, 1]."""
+        """`count` random rays: origins, unit directions and premultiplied colours [3 n], alphas [n] in [0, 1]."""
         plain = int(count * background_share) if len(self.background) else 0
         chosen = [self.pixels[generator.integers(len(self.pixels), size=count - plain)]]
         if plain:

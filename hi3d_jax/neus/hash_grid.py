@@ -3,9 +3,9 @@
 Each level is a grid over the unit cube whose corners own trainable features; levels with more corners than table rows
 share rows by a hash, coarser ones are stored densely. Positions are in [0, 1]^3.
 
-Here, and in the rest of neus/, points are the LAST axis: every operation then runs over one long contiguous axis, which XLA
-turns into vector code on CPU and fills the lanes with on TPU (32k points, 8 levels, CPU: 8 ms against 83 ms with
-features last).
+Here, and in the rest of neus/, points are the LAST axis: every operation then runs over one long contiguous axis, which
+XLA turns into vector code on CPU and fills the lanes with on TPU (a first version of `encode`, 32k points, 8 levels,
+two cores: 8 ms against 83 ms with features last).
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def encode(
 ) -> tuple[Float[Array, "levels features n"], Float[Array, "levels features n"]]:
     """Trilinear features at `positions` in [0, 1]^3 and their derivatives along `directions`.
 
-    Differentiable in `tables` only. Value and derivative are linear in the same eight corners, so one gather serves both,
-    and one scatter the gradient of both. A loop over the levels keeps compiling short.
+    Differentiable in `tables` only. Value and derivative are linear in the same eight corners, so one gather serves
+    both, and one scatter the gradient of both. A loop over the levels keeps compiling short.
     """
 
     def one_level(table, resolution, is_dense):

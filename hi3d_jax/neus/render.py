@@ -1,4 +1,4 @@
-"""Volume rendering of a signed distance field: NeuS's unbiased, occlusion-aware weights (Wang et al. 2021, section 3.1).
+"""Volume rendering of a signed distance: NeuS's unbiased, occlusion-aware weights (Wang et al. 2021, section 3.1).
 
 Rays are sampled where a coarse cache of the field says that a surface may be, so that few samples suffice.
 """
@@ -16,9 +16,7 @@ from hi3d_jax.neus import fields as neus_fields
 from hi3d_jax.neus import hash_grid
 from hi3d_jax.neus.fields import FieldConfig, Fields
 
-
-# Rays that absorb this share count as opaque. Without it every surface swells: each ray asks for a little more opacity, and
-# nothing asks for less (measured on a true surface: +.004 after 150 iterations, against +.001 with it).
+# Rays that absorb this share count as opaque: the rest is what the quadrature leaves.
 OPAQUE = 0.98
 
 
