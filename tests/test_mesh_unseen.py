@@ -57,3 +57,16 @@ def test_vertices_that_would_leave_the_allowed_space_stay():
     np.testing.assert_array_equal(same.vertices, sphere.vertices)
     moved = flatten_unseen(sphere, cameras, nowhere_outside)
     assert moved.vertices[:, 2].min() > sphere.vertices[:, 2].min() + 0.05
+
+
+def test_unseen_parts_that_collapse_leave_a_closed_body():
+    # A thin tail below a ball: its rim is so short that the harmonic surface over it is nearly a point.
+    def ball_with_tail(points):
+        radius = np.hypot(points[:, 0], points[:, 1])
+        tail = np.maximum(radius - 0.02, np.abs(points[:, 2] + 0.3) - 0.15)
+        return np.minimum(np.linalg.norm(points, axis=1) - 0.25, tail)
+
+    corner = np.full(3, 0.5)
+    mesh = extract_surface(ball_with_tail, -corner, corner, 80)
+    flat = flatten_unseen(mesh, camera_module.orbit([0.0], 60.0, width=8), nowhere_outside)
+    assert is_watertight(flat)

@@ -16,7 +16,8 @@ from scipy.sparse import csgraph, linalg
 
 from hi3d_jax.cameras import Cameras
 from hi3d_jax.mesh.rays import RayCaster
-from hi3d_jax.mesh.triangles import Mesh, smooth_normals
+from hi3d_jax.mesh.topology import clean, is_watertight
+from hi3d_jax.mesh.triangles import Mesh, MeshError, smooth_normals
 
 # A view sees a surface that it meets at more than about 7 degrees; the cone that masks leave is met at none.
 MIN_COSINE = 0.12
@@ -42,10 +43,11 @@ def seen_vertices(mesh: Mesh, cameras: Cameras) -> Bool[np.ndarray, " v"]:
 def flatten_unseen(
     mesh: Mesh, cameras: Cameras, outside: Callable[[Float[np.ndarray, "n 3"]], Float[np.ndarray, " n"]]
 ) -> Mesh:
-    """Replaces what no camera sees by the harmonic surface over the rim of what is seen; faces stay as they are.
+    """Replaces what no camera sees by the harmonic surface over the rim of what is seen.
 
     `outside` gives signed distances to the shape that the views allow (positive: impossible); a vertex that would leave
-    that shape stays where it is.
+    that shape stays where it is. Faces stay as they are unless some collapse; then the body is cleaned, and where it
+    cannot be closed again `mesh` comes back unchanged.
     """
     adjacency = _adjacency(mesh)
     degree = np.asarray(adjacency.sum(axis=1)).ravel()
@@ -64,7 +66,13 @@ def flatten_unseen(
     moved = linalg.splu(laplacian[:, free].tocsc()).solve(right_side).astype(np.float32)
     vertices = mesh.vertices.copy()
     vertices[free] = np.where((outside(moved) > 0)[:, None], vertices[free], moved)
-    return dataclasses.replace(mesh, vertices=vertices, normals=None)
+    flattened = dataclasses.replace(mesh, vertices=vertices, normals=None)
+    if is_watertight(flattened) or not is_watertight(mesh):
+        return flattened
+    try:
+        return clean(flattened)
+    except MeshError:
+        return mesh
 
 
 def _adjacency(mesh: Mesh) -> sparse.csr_matrix:

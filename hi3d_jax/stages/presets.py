@@ -31,7 +31,9 @@ class ReconstructConfig:
     hull_resolution: int = 128
     num_gaussians: int = 10_000
     splats: FitConfig = dataclasses.field(default_factory=FitConfig)
-    neus: NeuSConfig = NeuSConfig(iterations=400, rays=2048, sdf_learning_rate=2e-5)
+    neus: NeuSConfig = dataclasses.field(
+        default_factory=lambda: NeuSConfig(iterations=400, rays=2048, sdf_learning_rate=2e-5)
+    )
     resolution: int = 256
     num_faces: int = 40_000
     texture_size: int = 2048

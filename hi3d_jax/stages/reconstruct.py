@@ -58,8 +58,7 @@ def reconstruct(
 ) -> Reconstruction:
     """Turns the views of an object of size 1 at the origin into a textured mesh; the same seed gives the same mesh.
 
-    Without `config`, that of standard quality.
-    Writes files only into the folder `output`, which must hold no run unless `resume` continues it. Raises
+    Without `config`, standard quality. Writes files only into the folder `output`, which must hold no run unless `resume` continues it. Raises
     `StageError` (its text begins with the step's name), `RunError`, `CameraError`, and `OSError` for the disk.
     """
     config = ReconstructConfig() if config is None else config
@@ -231,15 +230,15 @@ def write_surface(path: Path, surface: FittedSurface) -> None:
 
 def read_surface(config: ReconstructConfig, path: Path) -> FittedSurface:
     """What `write_surface` wrote for a run of this `config`. Raises `StageError` for anything else."""
-    dense = jax.ShapeDtypeStruct((config.hull_resolution,) * 3, np.float32)
-    expected = jax.eval_shape(lambda grid: neus.init_fields(config.neus.fields, jax.random.key(0), grid), dense)
+    dense = jnp.zeros((config.hull_resolution,) * 3)
+    expected = neus.init_fields(config.neus.fields, jax.random.key(0), dense)
     named, structure = jax.tree.flatten_with_path(expected)
     try:
         with np.load(path, allow_pickle=False) as file:
             leaves = [file[jax.tree_util.keystr(name)] for name, _ in named]
     except (ValueError, KeyError, EOFError) as error:
         raise StageError(f"surface: {path} is damaged ({error}); delete it and continue with --resume") from error
-    if any(leaf.shape != spec.shape for leaf, (_, spec) in zip(leaves, named, strict=True)):
+    if any(leaf.shape != like.shape for leaf, (_, like) in zip(leaves, named, strict=True)):
         raise StageError(f"surface: {path} belongs to other settings; delete it and continue with --resume")
     return FittedSurface(jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves]), config.neus.fields)
 
