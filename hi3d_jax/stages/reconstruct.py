@@ -58,8 +58,9 @@ def reconstruct(
 ) -> Reconstruction:
     """Turns the views of an object of size 1 at the origin into a textured mesh; the same seed gives the same mesh.
 
-    Without `config`, standard quality. Writes files only into the folder `output`, which must hold no run unless `resume` continues it. Raises
-    `StageError` (its text begins with the step's name), `RunError`, `CameraError`, and `OSError` for the disk.
+    Without `config`, standard quality. Writes files only into the folder `output`, which must hold no run unless
+    `resume` continues it. Raises `StageError` (its text begins with the step's name), `RunError`, `CameraError`, and
+    `OSError` for the disk.
     """
     config = ReconstructConfig() if config is None else config
     check_orbit(orbit)
