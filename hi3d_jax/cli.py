@@ -86,7 +86,7 @@ class Reconstruct:
     resolution: ByQuality = None
     """Grid cells along each side when the surface is extracted."""
     faces: ByQuality = None
-    """Triangles of the mesh at most."""
+    """Triangles of the mesh, about."""
     texture_size: ByQuality = None
     """Width and height of the texture in pixels."""
     seed: int = 0

@@ -23,7 +23,7 @@ class ReconstructConfig:
     are fitted. `image_size`: the longer side, in pixels, to which larger views are reduced for the fits; the texture
     comes from the views as they are. `hull_resolution`: samples along each side of the visual hull, which is also the
     dense part of the signed distance. `num_gaussians`: how many start on the hull. `resolution`: cells along each side
-    when the surface is extracted. `num_faces`: of the mesh, at most. `texture_size`: pixels each way.
+    when the surface is extracted. `num_faces`: of the mesh, about. `texture_size`: pixels each way.
     """
 
     num_interpolated: int = 16
