@@ -21,7 +21,7 @@ import numpy as np
 
 from hi3d_jax import splatting, visual_hull
 from hi3d_jax.cli import keep_compiled_programs
-from hi3d_jax.data import load_object, normalise, render_orbit
+from hi3d_jax.data import load_object, render_orbit
 from hi3d_jax.evaluation import psnr, strict, syncdreamer
 from hi3d_jax.mesh import decimate, extract_surface
 from hi3d_jax.stages.presets import ReconstructConfig
@@ -58,7 +58,7 @@ def surface_scores(mesh, truth) -> dict[str, float]:
 
 def score_object(path: Path, config: ReconstructConfig) -> dict:
     """One object, reconstructed from its true views."""
-    truth = normalise(load_object(path))
+    truth = load_object(path)
     renders, cameras = render_orbit(truth, elevation_deg=ELEVATION_DEG, width=SIZE)
     orbit = Orbit(renders.views, renders.alphas, cameras)
     started = time.perf_counter()

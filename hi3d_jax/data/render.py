@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hi3d_jax.cameras import ORBIT_FOV_DEG, ORBIT_RADIUS, Cameras, orbit, write_transforms
-from hi3d_jax.images import write_png, written_aside
+from hi3d_jax import video
+from hi3d_jax.cameras import ORBIT_FOV_DEG, ORBIT_RADIUS, Cameras, orbit
+from hi3d_jax.images import written_aside
 from hi3d_jax.mesh import Mesh, MeshError, Renders, face_normals, read_mesh, render
 
 # Depth files hold units of 1/10000 of the object's longest side; 0 is empty.
@@ -64,21 +65,12 @@ def render_orbit(
 
 def write_orbit(folder: str | Path, renders: Renders, cameras: Cameras) -> None:
     """Writes pictures, cameras and depths as the folder that the head of this file describes, over existing files."""
-    folder = Path(folder)
-    for name in ("views", "depths"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    names = [f"{view:03d}.png" for view in range(len(cameras))]
-    for name, view, alpha, depth in zip(names, renders.views, renders.alphas, renders.depths, strict=True):
-        write_png(folder / "views" / name, straight_alpha(view, alpha))
-        _write_depth(folder / "depths" / name, depth)
-    write_transforms(folder / "cameras.json", cameras, [f"views/{name}" for name in names])
-
-
-def straight_alpha(view, alpha):
-    """RGBA [h w 4] in the object's own colour, from a view over white [h w 3] and its alpha [h w]; white if empty."""
-    premultiplied = view - (1 - alpha[..., None])
-    colour = np.where(alpha[..., None] > 0, premultiplied / np.maximum(alpha[..., None], 1e-6), 1)
-    return np.concatenate([np.clip(colour, 0, 1), alpha[..., None]], axis=-1).astype(np.float32)
+    depths = Path(folder) / "depths"
+    depths.mkdir(parents=True, exist_ok=True)
+    for view, depth in enumerate(renders.depths):
+        _write_depth(depths / f"{view:03d}.png", depth)
+    # Last, because its cameras.json says that the folder is complete.
+    video.write_orbit(folder, video.Orbit(renders.views, renders.alphas, cameras))
 
 
 def _write_depth(path: Path, depth) -> None:
