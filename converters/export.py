@@ -29,6 +29,7 @@ from converters import autoencoder, image_encoder, svd_unet
 from converters.checkpoints import SGM
 from converters.diffusers_configs import TO_DIFFUSERS
 from converters.rules import Plan, Rule, plan_export
+from hi3d_jax.atomic import made_aside
 from hi3d_jax.models.vae import TemporalDecoderConfig
 from hi3d_jax.pretrained import (
     PretrainedError,
@@ -36,7 +37,6 @@ from hi3d_jax.pretrained import (
     read_networks,
     resolve,
     write_safetensors,
-    written_aside,
 )
 
 
@@ -106,7 +106,7 @@ DIFFUSERS_FILES = {
 
 def write_diffusers(folder: str | Path, networks: Mapping[str, Stored]) -> None:
     """A folder in diffusers' layout."""
-    with written_aside(Path(folder)) as aside:
+    with made_aside(folder) as aside:
         for name, network in networks.items():
             config = TO_DIFFUSERS[type(network.config)](network.config)
             plan = plan_export(network.weights, _diffusers_rules(name, network.config))

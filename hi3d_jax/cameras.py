@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from hi3d_jax.atomic import written_aside
+
 # SyncDreamer's and Hi3D's camera: 35 mm lens on a 32 mm sensor, 1.5 units away (the object's longest side is 1).
 ORBIT_RADIUS = 1.5
 ORBIT_FOV_DEG = math.degrees(2 * math.atan(16 / 35))
@@ -261,13 +263,8 @@ def write_transforms(path: str | Path, cameras: Cameras, image_paths: Sequence[s
         frame |= {"fl_x": float(K[0, 0]), "fl_y": float(K[1, 1]), "cx": float(K[0, 2]), "cy": float(K[1, 2])}
         frames.append(frame | {"transform_matrix": c2w.astype(float).tolist()})
     document = {"camera_model": "OPENCV", "w": cameras.width, "h": cameras.height, "frames": frames}
-    # Written aside and renamed: whoever finds the file finds all of it.
-    aside = Path(path).with_suffix(".json.part")
-    try:
+    with written_aside(path) as aside:
         aside.write_text(json.dumps(document, indent=1) + "\n")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_transforms(

@@ -9,7 +9,6 @@ background is keyed, and rembg is the last resort.
 from __future__ import annotations
 
 import contextlib
-import os
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage
+
+from hi3d_jax.atomic import written_aside
 
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 256 * 2**20
@@ -340,21 +341,6 @@ def write_png(path: str | Path, image: Float[np.ndarray, "h w c"]) -> None:
     data = to_bytes(image)
     with written_aside(path) as aside:
         Image.fromarray(data[..., 0] if data.shape[2] == 1 else data).save(aside, format="PNG")
-
-
-@contextlib.contextmanager
-def written_aside(path: str | Path) -> Iterator[Path]:
-    """Gives a name beside `path` to write to, then renames it to `path`; on an error nothing is left of it.
-
-    So a crash, a full disk or Ctrl-C never leaves half a file under a name that a later run would trust.
-    """
-    path = Path(path)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield aside
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def contact_sheet(

@@ -23,6 +23,7 @@ from PIL import Image
 
 from hi3d_jax import cameras as camera_files
 from hi3d_jax import images
+from hi3d_jax.atomic import written_aside
 from hi3d_jax.cameras import ORBIT_FOV_DEG, ORBIT_NUM_VIEWS, ORBIT_RADIUS, Cameras
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
@@ -238,7 +239,7 @@ def write_mp4(path: str | Path, views: Float[np.ndarray, "t h w 3"], fps: float 
     height, width = views.shape[1:3]
     colours = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "iec61966-2-1"]
     even = "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white,scale=out_color_matrix=bt709:out_range=tv"
-    with images.written_aside(path) as aside:
+    with written_aside(path) as aside:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
         command += ["-s", f"{width}x{height}", "-r", str(fps), "-i", "-", "-vf", even, "-c:v", "libx264", "-crf", "17"]
         command += ["-pix_fmt", "yuv420p", *colours, "-movflags", "+faststart", "-f", "mp4", f"file:{aside}"]
@@ -251,7 +252,7 @@ def write_mp4(path: str | Path, views: Float[np.ndarray, "t h w 3"], fps: float 
 def write_gif(path: str | Path, views: Float[np.ndarray, "t h w 3"], fps: float = 8) -> None:
     """Writes views as an endless GIF. 256 colours each, so it is for looking at, not for reading back."""
     first, *rest = (Image.fromarray(view) for view in images.to_bytes(views))
-    with images.written_aside(path) as aside:
+    with written_aside(path) as aside:
         first.save(aside, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
 
 

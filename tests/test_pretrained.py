@@ -222,7 +222,7 @@ def test_an_index_that_points_elsewhere_is_refused(folder):
 
 def test_a_failed_or_repeated_write_leaves_what_was_there(network, folder):
     before = bits(from_pretrained(folder, "image_encoder"))
-    with pytest.raises(PretrainedError, match="exists already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         save_pretrained(folder, {"image_encoder": network})
     specs = {"a": jax.ShapeDtypeStruct((2,), jnp.float32), "b": jax.ShapeDtypeStruct((2,), jnp.float32)}
 

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from hi3d_jax import video
+from hi3d_jax.atomic import written_aside
 from hi3d_jax.cameras import ORBIT_FOV_DEG, ORBIT_RADIUS, Cameras, orbit
-from hi3d_jax.images import written_aside
 from hi3d_jax.mesh import Mesh, MeshError, Renders, face_normals, read_mesh, render
 
 # Depth files hold units of 1/10000 of the object's longest side; 0 is empty.

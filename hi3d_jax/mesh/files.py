@@ -14,8 +14,8 @@ import trimesh
 from jaxtyping import Float
 from PIL import Image
 
+from hi3d_jax.atomic import written_aside
 from hi3d_jax.cameras import y_up_to_z_up, z_up_to_y_up
-from hi3d_jax.images import written_aside
 from hi3d_jax.mesh.atlas import Part, merge_parts
 from hi3d_jax.mesh.render import linear_to_srgb, sample_texture, srgb_to_linear
 from hi3d_jax.mesh.triangles import Mesh, MeshError, check_mesh, same_position, smooth_normals

@@ -23,7 +23,6 @@ from hi3d_jax.pretrained.safetensors_files import (
     open_safetensors,
     open_shards,
     write_safetensors,
-    written_aside,
 )
 
 __all__ = [
@@ -46,5 +45,4 @@ __all__ = [
     "with_parameters",
     "write_model_folder",
     "write_safetensors",
-    "written_aside",
 ]

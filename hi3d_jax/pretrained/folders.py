@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hi3d_jax.atomic import made_aside
 from hi3d_jax.pretrained.configs import config_from_dict, config_to_dict
 from hi3d_jax.pretrained.networks import abstract_network, config_class, network_class, parameters, with_parameters
-from hi3d_jax.pretrained.safetensors_files import PretrainedError, Tensors, open_shards, write_shards, written_aside
+from hi3d_jax.pretrained.safetensors_files import PretrainedError, Tensors, open_shards, write_shards
 
 Sharding = jax.sharding.Sharding | Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 
@@ -42,9 +43,10 @@ class NetworkWeights:
 def write_model_folder(
     folder: str | Path, networks: Mapping[str, NetworkWeights], recipe: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes a model folder with one network per name; nothing is left behind if that fails. Raises `PretrainedError`.
+    """Writes a model folder with one network per name; nothing is left behind if that fails.
 
-    `recipe` is what the pipeline has to know beside its networks, as JSON.
+    `recipe` is what the pipeline has to know beside its networks, as JSON. Raises `PretrainedError`, and
+    `FileExistsError` where there is something at `folder`.
     """
     if not networks:
         raise PretrainedError(f"{folder}: a model folder needs at least one network")
@@ -54,7 +56,7 @@ def write_model_folder(
         name: {"class": weights.network.__name__, "config": config_to_dict(weights.config)}
         for name, weights in networks.items()
     }
-    with written_aside(Path(folder)) as aside:
+    with made_aside(folder) as aside:
         for name, weights in networks.items():
             (aside / name).mkdir(parents=True)
             write_shards(aside / name, weights.tensors)

@@ -7,12 +7,8 @@ written aside and renamed when complete.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -21,6 +17,8 @@ import jax
 import ml_dtypes
 import numpy as np
 import safetensors
+
+from hi3d_jax.atomic import made_aside
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -67,25 +65,11 @@ def open_safetensors(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: str | Path, tensors: Tensors) -> None:
-    """Writes one .safetensors file in PyTorch's layouts, tensor by tensor. Raises `PretrainedError`."""
-    with written_aside(Path(path)) as aside:
+    """Writes one .safetensors file in PyTorch's layouts, tensor by tensor. Raises `FileExistsError`."""
+    with made_aside(path) as aside:
         arrays = tensors.arrays()
         _write_shard(aside, tensors.specs, arrays, "pt")
         _finish(arrays)
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file or folder at; it takes `path`'s name at the end, or goes if that fails."""
-    if path.exists():
-        raise PretrainedError(f"{path} exists already; choose another name or delete it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield aside / path.name
-        os.rename(aside / path.name, path)
-    finally:
-        shutil.rmtree(aside)
 
 
 def _write_shard(

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from hi3d_jax.images import written_aside
+from hi3d_jax.atomic import written_aside
 from hi3d_jax.splatting.gaussians import Gaussians
 from hi3d_jax.splatting.spherical_harmonics import MAX_DEGREE, num_coefficients
 

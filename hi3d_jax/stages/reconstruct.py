@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from hi3d_jax import mesh as meshes
 from hi3d_jax import neus, splatting, visual_hull
+from hi3d_jax.atomic import written_aside
 from hi3d_jax.cameras import Cameras, between_neighbours, read_transforms
-from hi3d_jax.images import over_white, read_image, resize, write_png, written_aside
+from hi3d_jax.images import over_white, read_image, resize, write_png
 from hi3d_jax.mesh import Mesh, MeshReport
 from hi3d_jax.neus import FittedSurface
 from hi3d_jax.splatting import Gaussians

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from hi3d_jax.images import written_aside
+from hi3d_jax.atomic import written_aside
 
 FILE_NAME = "run.json"
 PACKAGES = ("hi3d_jax", "jax", "jaxlib", "numpy", "scipy", "scikit-image", "trimesh", "embreex", "xatlas")
