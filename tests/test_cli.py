@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from hi3d_jax import cameras, cli, data, images, video
-from hi3d_jax.cli import OutputError, main, prepare_output
+from hi3d_jax.cli import compiled_programs, main, orbit_defaults, output
+from hi3d_jax.cli.output import OutputError, prepare_output
 
 
 @pytest.fixture(autouse=True)
@@ -91,9 +92,9 @@ def test_every_command_teaches_by_example(command, capsys):
 
 
 def test_orbit_defaults_are_those_of_the_cameras():
-    assert cli.ORBIT_RADIUS == cameras.ORBIT_RADIUS
-    assert cli.ORBIT_FOV_DEG == cameras.ORBIT_FOV_DEG
-    assert cli.ORBIT_NUM_VIEWS == cameras.ORBIT_NUM_VIEWS
+    assert orbit_defaults.ORBIT_RADIUS == cameras.ORBIT_RADIUS
+    assert orbit_defaults.ORBIT_FOV_DEG == cameras.ORBIT_FOV_DEG
+    assert orbit_defaults.ORBIT_NUM_VIEWS == cameras.ORBIT_NUM_VIEWS
 
 
 def test_the_version_is_printed(capsys):
@@ -169,7 +170,7 @@ def test_interrupting_names_the_way_back(orbit_folder, tmp_path, stage, capsys):
 
 def test_commands_that_cannot_resume_do_not_promise_it(tmp_path, monkeypatch, capsys):
     for error, code in ((KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left on device", "a"), 2)):
-        monkeypatch.setattr(cli.Render, "run", lambda self, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(cli.render.Render, "run", lambda self, error=error: (_ for _ in ()).throw(error))
         found, stderr = run(capsys, "render", "a.glb", "-o", tmp_path)
         assert found == code
         assert "--resume" not in stderr
@@ -219,7 +220,7 @@ def test_folders_that_cannot_be_written_are_named(tmp_path, monkeypatch, code):
     def refuse(dir):
         raise OSError(code, os.strerror(code), str(dir))
 
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(output.tempfile, "TemporaryFile", refuse)
     with pytest.raises(OutputError, match=r"out cannot be written .*; (check|choose|free)"):
         prepare_output(tmp_path / "out", resume=False, source=tmp_path / "in.mp4")
 
@@ -242,31 +243,31 @@ def forget_cache(monkeypatch, **environment):
 def test_compiled_programs_are_kept_in_the_users_cache(tmp_path, monkeypatch):
     forget_cache(monkeypatch, XDG_CACHE_HOME=tmp_path)
     monkeypatch.setattr(sys, "platform", "linux")
-    cli.keep_compiled_programs()
+    compiled_programs.keep_compiled_programs()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "hi3d/xla")
     assert (tmp_path / "hi3d/xla").is_dir()
 
 
 def test_the_users_own_choice_of_cache_wins(tmp_path, monkeypatch):
     forget_cache(monkeypatch, JAX_COMPILATION_CACHE_DIR="mine", HI3D_CACHE=tmp_path)
-    cli.keep_compiled_programs()
+    compiled_programs.keep_compiled_programs()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
     forget_cache(monkeypatch, HI3D_CACHE="off")
-    cli.keep_compiled_programs()
+    compiled_programs.keep_compiled_programs()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     forget_cache(monkeypatch, HI3D_CACHE=tmp_path / "file")
-    cli.keep_compiled_programs()
+    compiled_programs.keep_compiled_programs()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
     assert "compiled programs are not kept" in capsys.readouterr().err
 
 
 def test_the_cache_really_is_filled(tmp_path):
     program = (
-        "from hi3d_jax.cli import keep_compiled_programs\nkeep_compiled_programs()\n"
+        "from hi3d_jax.cli.compiled_programs import keep_compiled_programs\nkeep_compiled_programs()\n"
         "import jax\njax.jit(lambda x: jax.lax.fori_loop(0, 9, lambda i, y: y @ y, x))(jax.numpy.ones((4, 4)))\n"
     )
     environment = {name: value for name, value in os.environ.items() if "CACHE" not in name}

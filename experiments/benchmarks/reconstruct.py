@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from hi3d_jax import splatting, visual_hull
-from hi3d_jax.cli import keep_compiled_programs
+from hi3d_jax.cli.compiled_programs import keep_compiled_programs
 from hi3d_jax.data import load_object, render_orbit
 from hi3d_jax.evaluation import psnr, strict, syncdreamer
 from hi3d_jax.mesh import decimate, extract_surface

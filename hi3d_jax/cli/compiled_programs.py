@@ -1,0 +1,38 @@
+"""Where JAX's compiled programs are kept from one run to the next."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+
+def keep_compiled_programs() -> None:
+    """Points JAX's persistent compilation cache at the user's cache folder, unless the environment already says where.
+
+    Takes effect through the environment, before JAX is imported. A folder that cannot be written only costs time.
+    """
+    chosen = os.environ.get("HI3D_CACHE")
+    if chosen == "off" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = Path(chosen) if chosen else user_cache_folder() / "hi3d"
+    try:
+        (folder / "xla").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder / "xla"):
+            pass
+    except OSError as error:
+        print(f"hi3d: compiled programs are not kept: {folder} cannot be written ({error.strerror})", file=sys.stderr)
+        return
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "xla")
+    # Below this, compiling again is as fast as looking the program up.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def user_cache_folder() -> Path:
+    """The platform's folder for files that can be made again."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,0 +1,65 @@
+"""The output folder of a command, and what went wrong in one line with the remedy."""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+REMEDIES = {
+    errno.ENOSPC: "free some space and try again",
+    errno.EDQUOT: "free some space and try again",
+    errno.EACCES: "check the permissions or choose another folder",
+    errno.EPERM: "check the permissions or choose another folder",
+    errno.EROFS: "choose a folder that can be written",
+}
+
+Output = Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
+
+
+class OutputError(ValueError):
+    """Output that cannot be made, or not where it was asked for; the text names it and the remedy."""
+
+
+def prepare_output(folder: Path, resume: bool, source: Path) -> None:
+    """Makes the output folder, or raises `OutputError` where writing there would fail or destroy something.
+
+    A folder that holds anything is only taken with `resume`; `source`, from which the run reads, is never taken.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; give a folder with -o")
+    if folder.resolve() == source.resolve():
+        raise OutputError(f"{folder} is the input; give another folder with -o")
+    if folder.is_dir() and not resume:
+        if _holds_run(folder):
+            raise OutputError(f"{folder} already holds a run; continue it with --resume, or give a new folder with -o")
+        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise OutputError(f"{folder} is not empty; give a new folder with -o")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        remedy = REMEDIES.get(error.errno, "choose another folder with -o")
+        raise OutputError(f"{folder} cannot be written ({error.strerror}); {remedy}") from error
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "run.json").exists()
+
+
+def explained(error: Exception) -> str:
+    """What went wrong and what to do, in one line; empty for an error that no user can cause."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "out of memory; use --quality draft, smaller views or fewer of them"
+    if isinstance(error, RuntimeError):
+        return ""
+    if isinstance(error, OSError) and error.strerror:
+        remedy = REMEDIES.get(error.errno, "check the path")
+        return f"{error.filename or 'writing'}: {error.strerror}; {remedy}"
+    # Our own errors are subclasses; a bare ValueError may come from anywhere.
+    hint = " (HI3D_DEBUG=1 shows where)" if type(error) is ValueError else ""
+    return " ".join(str(error).split()) + hint
