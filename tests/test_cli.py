@@ -319,3 +319,20 @@ def test_render_refuses_what_it_cannot_draw(tmp_path, capsys):
     for argv in (["text.glb"], ["missing.obj"], ["text.glb", "--size", "1"], ["text.glb", "--num-views", "0"]):
         code, stderr = run(capsys, "render", tmp_path / argv[0], "-o", tmp_path / "out", *argv[1:])
         assert (code, stderr.count("\n")) == (2, 1), stderr
+
+
+def test_the_doctor_looks_into_model_folders_and_measures(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"networks": {}}')
+    assert main(["doctor", str(tmp_path / "model"), str(tmp_path / "nothing")]) == 0
+    told = capsys.readouterr().out
+    for title in ("Versions", "Machine", "Devices", "Extras", "Caches", "Models", "Speed"):
+        assert f"\n{title}\n" in f"\n{told}"
+    assert f"{tmp_path / 'nothing'}" in told
+    assert "cpu 0" in told
+    assert "TFLOP/s" in told
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3.21, "3.2 seconds"), (600.0, "10.0 minutes"), (3e5, "3.5 days")])
+def test_durations_come_in_the_unit_a_person_would_use(seconds, text):
+    assert cli.doctor.duration(seconds) == text
