@@ -1,0 +1,225 @@
+"""Orbits as records: what a rendered data set is made of on disk.
+
+A data set is a folder: `shards/NNNNN.array_record` (array_record files), `manifest.json` (the settings it was made
+with, and size and SHA-256 of every shard) and `manifest.jsonl` (one line per record, in the order of the shards).
+A record is one orbit. Nothing in it is executed on reading (msgpack, WebP, PNG and raw numbers; no pickle), and its
+head holds a checksum of the rest, so that damage is an error that names the record.
+
+| field | dtype, shape | unit, range |
+| --- | --- | --- |
+| `key` | str | `OBJECT/ORBIT`, unique in the data set |
+| `views` | uint8 `[t h w 4]` | sRGB with straight alpha, 0 to 255; white where alpha is 0 (lossless WebP) |
+| `depths` | uint16 `[t h w]` | z along the optical axis, in 1/10000 of the object's longest side; 0: nothing (PNG) |
+| `elevation_deg` | float | of all views |
+| `azimuth_deg` | float | of view 0 in the object's own frame, view k is at + 360 k / t |
+| `radius`, `fov_deg` | float | distance in longest sides; horizontal field of view |
+| `about` | dict of str | object_id, category, name, licence, attribution, source, split, where known |
+| `arrays` | dict of arrays `[t ...]` | per view: cached latents, image tokens, ... (raw little endian) |
+
+All but `key` may be missing: a data set of cached latents or of stage 1's outputs holds `arrays` or `views` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import msgpack
+import numpy as np
+from array_record.python import array_record_module
+from jaxtyping import UInt8, UInt16
+from PIL import Image
+
+from hi3d_jax.atomic import written_aside
+from hi3d_jax.data.render import DEPTH_UNITS
+
+MAGIC = b"hi3d\x01"
+CHECKSUM_BYTES = 4
+# Views and depths are compressed already, and every record is read alone.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+# Lossless; the effort is a tenth of the time that rendering a view takes, and the files are a third below PNG's.
+WEBP = {"format": "WEBP", "lossless": True, "exact": True, "quality": 50, "method": 2}
+MAX_PIXELS = 1 << 26
+ARRAY_DTYPES = ("float16", "float32", "uint8", "uint16", "int32", "int64", "bool")
+
+
+class RecordError(ValueError):
+    """A record, shard or data set that cannot be read; the text names it and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OrbitRecord:
+    """One orbit, with the fields of this file's head; `views` and `depths` may be absent or left unread."""
+
+    key: str
+    views: UInt8[np.ndarray, "t h w 4"] | None = None
+    depths: UInt16[np.ndarray, "t h w"] | None = None
+    elevation_deg: float = 0.0
+    azimuth_deg: float = 0.0
+    radius: float = 0.0
+    fov_deg: float = 0.0
+    about: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+SCALARS = ("elevation_deg", "azimuth_deg", "radius", "fov_deg")
+
+
+def depth_to_units(depths: np.ndarray) -> np.ndarray:
+    """Depths in longest sides, infinite where nothing is, as the stored uint16."""
+    return np.where(np.isfinite(depths), np.clip(np.round(depths * DEPTH_UNITS), 1, 65535), 0).astype(np.uint16)
+
+
+def units_to_depth(units: np.ndarray) -> np.ndarray:
+    """Stored uint16 as float32 depths in longest sides; 0 where nothing is."""
+    return units.astype(np.float32) / np.float32(DEPTH_UNITS)
+
+
+def encode(record: OrbitRecord) -> bytes:
+    """The bytes of a record. Raises `RecordError` for an array of a kind that is not stored."""
+    content = {"key": record.key, "about": dict(record.about)}
+    content |= {name: float(getattr(record, name)) for name in SCALARS}
+    if record.views is not None:
+        content["views"] = [_compressed(view, **WEBP) for view in record.views]
+    if record.depths is not None:
+        content["depths"] = [_compressed(depth, format="PNG") for depth in record.depths]
+    content["arrays"] = {name: _packed_array(name, array) for name, array in record.arrays.items()}
+    payload = msgpack.packb(content)
+    return MAGIC + zlib.crc32(payload).to_bytes(CHECKSUM_BYTES, "little") + payload
+
+
+def decode(
+    data: bytes, *, views: bool = True, depths: bool = True, arrays: Collection[str] | None = None
+) -> OrbitRecord:
+    """The record in `data`; what is not asked for is not decompressed. `arrays` None means all of them.
+
+    Raises `RecordError` where the checksum does not fit, a picture is damaged or an asked array is absent.
+    """
+    content = _checked_content(data)
+    try:
+        held = content["arrays"]
+        names = held if arrays is None else arrays
+        absent = sorted(set(names) - set(held))
+        if absent:
+            raise RecordError(f"record {content['key']} has no arrays {absent}, only {sorted(held)}; cache them first")
+        return OrbitRecord(
+            key=content["key"],
+            views=_pictures(content.get("views"), "WEBP") if views else None,
+            depths=_pictures(content.get("depths"), "PNG") if depths else None,
+            about=content["about"],
+            arrays={name: _unpacked_array(*held[name]) for name in names},
+            **{name: content[name] for name in SCALARS},
+        )
+    except RecordError:
+        raise
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise RecordError(f"a record does not have the fields of this version ({error}); render it again") from error
+
+
+def _checked_content(data: bytes) -> dict:
+    head = len(MAGIC) + CHECKSUM_BYTES
+    if data[: len(MAGIC)] != MAGIC:
+        raise RecordError("the bytes are not an orbit record of this version; render the data set again")
+    if zlib.crc32(data[head:]).to_bytes(CHECKSUM_BYTES, "little") != data[len(MAGIC) : head]:
+        raise RecordError("the record's checksum does not fit its content: it is damaged; copy or render it again")
+    return msgpack.unpackb(memoryview(data)[head:])
+
+
+def _compressed(picture: np.ndarray, **options) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture)).save(stream, **options)
+    return stream.getvalue()
+
+
+def _pictures(files: list[bytes] | None, kind: str) -> np.ndarray | None:
+    """All pictures of a record, in one array; the size is read off the first header before anything is decoded."""
+    if files is None:
+        return None
+    frames = None
+    for number, data in enumerate(files):
+        with Image.open(io.BytesIO(data), formats=[kind]) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise RecordError(f"a record's picture has {picture.width} x {picture.height} pixels; render it again")
+            pixels = np.asarray(picture)
+        if frames is None:
+            frames = np.empty((len(files), *pixels.shape), pixels.dtype)
+        frames[number] = pixels if pixels.ndim == 2 or pixels.shape[-1] == 4 else _opaque(pixels)
+    return frames
+
+
+def _opaque(pixels: np.ndarray) -> np.ndarray:
+    return np.concatenate([pixels, np.full((*pixels.shape[:2], 1), 255, np.uint8)], axis=-1)
+
+
+def _packed_array(name: str, array: np.ndarray) -> list:
+    if array.dtype.name not in ARRAY_DTYPES:
+        raise RecordError(f"array {name!r} is {array.dtype}; stored are {', '.join(ARRAY_DTYPES)}: convert it")
+    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return [array.dtype.name, list(array.shape), little.tobytes()]
+
+
+def _unpacked_array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
+    if dtype not in ARRAY_DTYPES:
+        raise RecordError(f"a record holds an array of {dtype!r}; this version reads {', '.join(ARRAY_DTYPES)}")
+    return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
+
+
+def manifest_line(record: OrbitRecord) -> dict:
+    """What manifest.jsonl says of a record: enough to choose records without opening the shards."""
+    return {"key": record.key, "elevation_deg": record.elevation_deg, "azimuth_deg": record.azimuth_deg, **record.about}
+
+
+def write_shard(path: str | Path, records: Iterable[bytes]) -> dict:
+    """Writes encoded records as one shard, whole or not at all; returns its file name, records, bytes and SHA-256."""
+    path = Path(path)
+    count = 0
+    with written_aside(path) as aside:
+        writer = array_record_module.ArrayRecordWriter(str(aside), WRITER_OPTIONS)
+        try:
+            for record in records:
+                writer.write(record)
+                count += 1
+        finally:
+            writer.close()
+        entry = {"file": path.name, "records": count, "bytes": aside.stat().st_size, "sha256": sha256(aside)}
+    return entry
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: str | Path, settings: dict, shards: list[dict], lines: list[dict]) -> None:
+    """Makes the written shards a data set: manifest.jsonl, then manifest.json, whose presence says it is complete."""
+    folder = Path(folder)
+    with written_aside(folder / "manifest.jsonl") as aside:
+        aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    with written_aside(folder / "manifest.json") as aside:
+        aside.write_text(json.dumps({"format": 1, "settings": settings, "shards": shards}, indent=1) + "\n")
+
+
+def write_records(folder: str | Path, records: Iterable[OrbitRecord], settings: dict, per_shard: int = 64) -> None:
+    """Writes a whole data set from records in hand, `per_shard` in a shard."""
+    folder = Path(folder)
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    shards, lines, batch = [], [], []
+
+    def flush():
+        if batch:
+            shards.append(write_shard(folder / "shards" / f"{len(shards):05d}.array_record", batch))
+            batch.clear()
+
+    for record in records:
+        lines.append(manifest_line(record))
+        batch.append(encode(record))
+        if len(batch) == per_shard:
+            flush()
+    flush()
+    write_manifest(folder, settings, shards, lines)

@@ -1,0 +1,76 @@
+"""Who renders the shards of a plan: processes of this machine, or Ray's workers on many."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from hi3d_jax.data.dataset import Plan, render_shard, terminate_with_parent
+
+# Deaths of worker processes in a row, without a shard coming out, after which something else than an asset is wrong.
+MAX_BREAKS = 24
+
+
+def run_processes(folder: str | Path, plan: Plan, shards: list[int], workers: int) -> Iterator[tuple[int, dict]]:
+    """Yields (shard, note) as the shards are rendered by `workers` processes; one worker is this process itself.
+
+    Shards of a worker that dies are given to others. Raises `RuntimeError` when workers die and nothing comes out.
+    """
+    if workers == 1:
+        for shard in shards:
+            yield shard, render_shard(folder, plan, shard)
+        return
+    waiting, breaks = list(shards), 0
+    while waiting:
+        before = len(waiting)
+        try:
+            for shard, note in _run_pool(folder, plan, waiting, workers):
+                waiting.remove(shard)
+                yield shard, note
+        except BrokenProcessPool as error:
+            breaks = breaks + 1 if len(waiting) == before else 0
+            if breaks >= MAX_BREAKS:
+                raise RuntimeError(
+                    f"{breaks} worker processes died without finishing a shard; use fewer workers"
+                ) from error
+
+
+def _run_pool(folder, plan: Plan, shards: list[int], workers: int) -> Iterator[tuple[int, dict]]:
+    # Not fork: JAX and Embree have threads, which a forked child does not get.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, terminate_with_parent) as pool:
+        futures = {pool.submit(render_shard, str(folder), plan, shard): shard for shard in shards}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def run_ray(folder: str | Path, plan: Plan, shards: list[int], address: str | None, retries: int = 24):
+    """Yields (shard, note) as Ray's workers render; `address` None starts Ray on this machine, or uses a cluster's.
+
+    `folder` and the assets must be on a file system that all machines see. Raises `RuntimeError` without Ray.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise RuntimeError("--runner=ray needs Ray: pip install 'hi3d_jax[ray]'") from error
+    own = not ray.is_initialized()
+    if own:
+        ray.init(address=address, logging_level="warning", log_to_driver=False)
+    try:
+        # A task whose worker or machine dies is given to another worker.
+        task = ray.remote(num_cpus=1, max_retries=retries)(render_shard)
+        shared_plan = ray.put(plan)
+        running = {task.remote(str(Path(folder).resolve()), shared_plan, shard): shard for shard in shards}
+        while running:
+            done, _ = ray.wait(list(running), num_returns=1)
+            for reference in done:
+                yield running.pop(reference), ray.get(reference)
+    finally:
+        if own:
+            ray.shutdown()
