@@ -10,7 +10,7 @@ Google Scanned Objects as downloaded, the cache folder of the `objaverse` packag
 fetches the LVIS subset with that package first. Run the same command again to go on after an interruption.
 
 The result: shards/*.array_record, manifest.json (settings, SHA-256 of every shard), manifest.jsonl (a line a record),
-skipped.jsonl (objects that could not be rendered, and why). hi3d_jax.data.load_batches reads it.
+skipped.jsonl (objects that could not be rendered, and why). hi3d_jax.data.loader.open_batches reads it.
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from array_record.python import array_record_module
 
-from hi3d_jax.data.records import OrbitRecord, RecordError, decode, sha256
+from hi3d_jax.data.records import OrbitRecord, RecordError, Select, decode, manifest_line, sha256
 
 
 class RecordFolder:
@@ -44,8 +45,8 @@ class RecordFolder:
         # Readers hold file handles, which do not travel to the loader's worker processes.
         return {**self.__dict__, "_readers": {}}
 
-    def read(self, index: int, **parts: bool | Collection[str] | None) -> OrbitRecord:
-        """Record `index`, of which `parts` (see `records.decode`) are decompressed. Raises `RecordError`, naming it."""
+    def read(self, index: int, **wanted) -> OrbitRecord:
+        """Record `index`, of which `wanted` (see `records.decode`) is decompressed. Raises `RecordError`, naming it."""
         shard, place = self._place(int(index))
         name = f"record {place} ({self.lines[int(index)]['key']}) of {self._path(shard)}"
         try:
@@ -53,7 +54,7 @@ class RecordFolder:
         except (RuntimeError, IndexError, ValueError) as error:
             raise RecordError(f"{name} is damaged: {error}; copy or render the shard again") from error
         try:
-            return decode(data, **parts)
+            return decode(data, **wanted)
         except RecordError as error:
             raise RecordError(f"{name}: {error}") from error
 
@@ -98,6 +99,36 @@ def _read_manifest(folder: Path) -> dict:
     if manifest.get("format") != 1:
         raise RecordError(f"{path} is of format {manifest.get('format')!r}, this version reads 1; render it again")
     return manifest
+
+
+class RecordList:
+    """Records in memory with the interface of `RecordFolder`: for tests and for pictures made on the fly."""
+
+    def __init__(self, records: Sequence[OrbitRecord]):
+        self._records = list(records)
+        self.lines = [manifest_line(record) for record in self._records]
+        self.index_of_key = {line["key"]: index for index, line in enumerate(self.lines)}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> OrbitRecord:
+        return self._records[index]
+
+    def read(self, index: int, *, views=True, depths=True, arrays=None, select: Select | None = None) -> OrbitRecord:
+        """Record `index` with what `records.decode` would give. Raises `RecordError` for arrays it does not have."""
+        record = self._records[index]
+        absent = sorted(set(arrays or ()) - set(record.arrays))
+        if absent:
+            raise RecordError(f"record {record.key} has no arrays {absent}, only {sorted(record.arrays)}")
+        names = record.arrays if arrays is None else arrays
+        record = dataclasses.replace(
+            record,
+            views=record.views if views else None,
+            depths=record.depths if depths else None,
+            arrays={name: record.arrays[name] for name in names},
+        )
+        return record if select is None else record.selected(select(self._records[index].num_views))
 
 
 def verify(folder: str | Path) -> list[str]:

@@ -26,7 +26,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgpack
@@ -66,7 +66,22 @@ class OrbitRecord:
     about: Mapping[str, str] = dataclasses.field(default_factory=dict)
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
+    @property
+    def num_views(self) -> int:
+        """Views of the orbit: the length of what the record holds."""
+        held = [part for part in (self.views, self.depths, *self.arrays.values()) if part is not None]
+        return len(held[0]) if held else 0
 
+    def selected(self, order: Sequence[int]) -> OrbitRecord:
+        """The record with the views, depths and arrays of `order` in that order."""
+        order = np.asarray(order, np.int64)
+        pick = lambda part: None if part is None else part[order]  # noqa: E731
+        arrays = {name: array[order] for name, array in self.arrays.items()}
+        return dataclasses.replace(self, views=pick(self.views), depths=pick(self.depths), arrays=arrays)
+
+
+# Which views are wanted, and in which order, given their number.
+Select = Callable[[int], Sequence[int]]
 SCALARS = ("elevation_deg", "azimuth_deg", "radius", "fov_deg")
 
 
@@ -94,30 +109,39 @@ def encode(record: OrbitRecord) -> bytes:
 
 
 def decode(
-    data: bytes, *, views: bool = True, depths: bool = True, arrays: Collection[str] | None = None
+    data: bytes,
+    *,
+    views: bool = True,
+    depths: bool = True,
+    arrays: Collection[str] | None = None,
+    select: Select | None = None,
 ) -> OrbitRecord:
     """The record in `data`; what is not asked for is not decompressed. `arrays` None means all of them.
 
-    Raises `RecordError` where the checksum does not fit, a picture is damaged or an asked array is absent.
+    Raises `RecordError` where the checksum does not fit, a picture is damaged or something asked for is absent.
     """
     content = _checked_content(data)
     try:
-        held = content["arrays"]
-        names = held if arrays is None else arrays
-        absent = sorted(set(names) - set(held))
+        absent = sorted(set(arrays or ()) - set(content["arrays"]))
         if absent:
-            raise RecordError(f"record {content['key']} has no arrays {absent}, only {sorted(held)}; cache them first")
+            raise RecordError(f"it has no arrays {absent}, only {sorted(content['arrays'])}; cache them first")
+        names = content["arrays"] if arrays is None else arrays
+        unpacked = {name: _unpacked_array(*content["arrays"][name]) for name in names}
+        order = None
+        if select is not None:
+            parts = [content.get("views"), content.get("depths"), *unpacked.values()]
+            order = select(max((len(part) for part in parts if part is not None), default=0))
         return OrbitRecord(
             key=content["key"],
-            views=_pictures(content.get("views"), "WEBP") if views else None,
-            depths=_pictures(content.get("depths"), "PNG") if depths else None,
+            views=_pictures(content.get("views"), "WEBP", order) if views else None,
+            depths=_pictures(content.get("depths"), "PNG", order) if depths else None,
             about=content["about"],
-            arrays={name: _unpacked_array(*held[name]) for name in names},
+            arrays=unpacked if order is None else {name: array[order] for name, array in unpacked.items()},
             **{name: content[name] for name in SCALARS},
         )
     except RecordError:
         raise
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, IndexError) as error:
         raise RecordError(f"a record does not have the fields of this version ({error}); render it again") from error
 
 
@@ -136,24 +160,21 @@ def _compressed(picture: np.ndarray, **options) -> bytes:
     return stream.getvalue()
 
 
-def _pictures(files: list[bytes] | None, kind: str) -> np.ndarray | None:
-    """All pictures of a record, in one array; the size is read off the first header before anything is decoded."""
+def _pictures(files: list[bytes] | None, kind: str, order: Sequence[int] | None) -> np.ndarray | None:
+    """The pictures of a record, in one array; a size is read off the header before anything is decoded."""
     if files is None:
         return None
-    frames = None
-    for number, data in enumerate(files):
+    chosen, frames = [files[index] for index in (range(len(files)) if order is None else order)], None
+    for number, data in enumerate(chosen):
         with Image.open(io.BytesIO(data), formats=[kind]) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise RecordError(f"a record's picture has {picture.width} x {picture.height} pixels; render it again")
-            pixels = np.asarray(picture)
+            # WebP drops an alpha that is opaque everywhere.
+            pixels = np.asarray(picture if kind == "PNG" else picture.convert("RGBA"))
         if frames is None:
-            frames = np.empty((len(files), *pixels.shape), pixels.dtype)
-        frames[number] = pixels if pixels.ndim == 2 or pixels.shape[-1] == 4 else _opaque(pixels)
+            frames = np.empty((len(chosen), *pixels.shape), pixels.dtype)
+        frames[number] = pixels
     return frames
-
-
-def _opaque(pixels: np.ndarray) -> np.ndarray:
-    return np.concatenate([pixels, np.full((*pixels.shape[:2], 1), 255, np.uint8)], axis=-1)
 
 
 def _packed_array(name: str, array: np.ndarray) -> list:
