@@ -73,7 +73,7 @@ def read_orbit(
     path = Path(path)
     camera_file = _camera_file(path)
     if camera_file is not None:
-        frames, cameras = _read_posed(camera_file)
+        frames, cameras = read_posed_frames(camera_file)
         cameras = camera_files.turned_to_z_up(cameras) if up == "y" else cameras
     else:
         frames = read_frames(path)
@@ -85,7 +85,7 @@ def read_orbit(
             )
         azimuths = np.arange(count) * (360 / count)
         cameras = camera_files.orbit(azimuths, elevation_deg, radius, fov_deg, width, height)
-    return _cut_out(frames, cameras, matting)
+    return cut_out(frames, cameras, matting)
 
 
 def _camera_file(path: Path) -> Path | None:
@@ -94,7 +94,8 @@ def _camera_file(path: Path) -> Path | None:
     return next((path / name for name in CAMERA_FILES if (path / name).is_file()), None)
 
 
-def _cut_out(frames: Float[np.ndarray, "t h w 4"], cameras: Cameras, matting: images.Matting) -> Orbit:
+def cut_out(frames: Float[np.ndarray, "t h w 4"], cameras: Cameras, matting: images.Matting = "auto") -> Orbit:
+    """The object of every view cut out of its background, with these cameras. Raises `OrbitError`."""
     views = np.empty((*frames.shape[:3], 3), np.float32)
     alphas = np.empty(frames.shape[:3], np.float32)
     for index, frame in enumerate(frames):
@@ -211,7 +212,8 @@ def _read_pam(stream: BinaryIO) -> np.ndarray | None:
     return np.frombuffer(data, np.uint8).reshape(height, width, 4) if len(data) == width * height * 4 else None
 
 
-def _read_posed(camera_file: Path) -> tuple[Float[np.ndarray, "t h w 4"], Cameras]:
+def read_posed_frames(camera_file: Path) -> tuple[Float[np.ndarray, "t h w 4"], Cameras]:
+    """The pictures that cameras.json or transforms.json names, as they are, and their cameras (in the file's world)."""
     folder = camera_file.parent.resolve()
     cameras, names = camera_files.read_transforms(
         camera_file, lambda name: images.read_size(_inside(folder, name, camera_file))

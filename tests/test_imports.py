@@ -27,7 +27,7 @@ ALLOWED = {
     "splatting": BASE,
     "neus": BASE,
     "mesh": BASE,
-    "evaluation": BASE | {"mesh", "models"},
+    "evaluation": BASE | {"mesh", "models", "pretrained"},
     "stages": BASE | NETWORKS_AND_GEOMETRY | {"pretrained", "evaluation"},
     "data": BASE | NETWORKS_AND_GEOMETRY | {"stages"},
     "training": BASE | NETWORKS_AND_GEOMETRY | {"pretrained", "stages", "data"},

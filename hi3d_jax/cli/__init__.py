@@ -21,11 +21,12 @@ from tyro.conf import subcommand
 
 from hi3d_jax.cli.compiled_programs import keep_compiled_programs
 from hi3d_jax.cli.doctor import Doctor
+from hi3d_jax.cli.evaluate import Evaluate
 from hi3d_jax.cli.output import explained
 from hi3d_jax.cli.reconstruct import Reconstruct
 from hi3d_jax.cli.render import Render
 
-COMMANDS: dict[str, type] = {"reconstruct": Reconstruct, "render": Render, "doctor": Doctor}
+COMMANDS: dict[str, type] = {"reconstruct": Reconstruct, "render": Render, "evaluate": Evaluate, "doctor": Doctor}
 
 DESCRIPTION = """Hi3D in JAX: from views of one object to a textured mesh.
 

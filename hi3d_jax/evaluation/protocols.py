@@ -2,8 +2,9 @@
 
 `syncdreamer` is the benchmark of SyncDreamer that Hi3D follows: what 16 cameras see, so nothing below or inside, on a
 coarse grid whose zero misleads (the same pixels are sampled twice). `strict` looks at the whole surface at fine scales.
-No protocol moves, turns or scales a mesh: the truth is centred with its longest side 1, and the other is in its frame.
-`floors` tells what a protocol says of the truth itself, and of the truth shifted by half a thousandth.
+No protocol moves, turns or scales a mesh: the truth is centred with its longest side 1, and the other is in its frame;
+`check_frame` says so where it is not. `floors` tells what a protocol says of the truth itself, and of the truth shifted
+by half a thousandth.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from hi3d_jax.evaluation.surfaces import (
     voxel_downsample,
 )
 from hi3d_jax.evaluation.views import EvaluationError
-from hi3d_jax.mesh import Mesh, check_mesh
+from hi3d_jax.mesh import Mesh, check_mesh, mesh_report
 
 VOXEL_SIZE = 0.01
 IOU_RESOLUTION = 64
 STRICT_POINTS = 50_000
 STRICT_RESOLUTION = 128
 FLOOR_SHIFT = 5e-4
+# A mesh this many times larger or smaller than the truth is in another unit.
+MAX_SIZE_RATIO = 3.0
 
 Scores = TypeVar("Scores")
 
@@ -93,10 +96,48 @@ def strict(mesh: Mesh, truth: Mesh, seed: int = 0) -> StrictScores:
     )
 
 
+MESH_PROTOCOLS: dict[str, Callable[[Mesh, Mesh], SyncdreamerScores | StrictScores]] = {
+    "syncdreamer": syncdreamer,
+    "strict": strict,
+}
+
+
 def floors(protocol: Callable[[Mesh, Mesh], Scores], truth: Mesh) -> tuple[Scores, Scores]:
     """What `protocol` says of the truth against itself, and against itself moved by .0005 along the diagonal."""
     moved = dataclasses.replace(truth, vertices=truth.vertices + np.float32(FLOOR_SHIFT / 3**0.5))
     return protocol(truth, truth), protocol(moved, truth)
+
+
+def check_frame(mesh: Mesh, truth: Mesh) -> tuple[str, ...]:
+    """What a reader of the scores has to know of the mesh: open, inside out. Raises `EvaluationError`, `MeshError`.
+
+    An error is a mesh that is elsewhere than the truth or in another unit, and a truth that is not normalised: scores
+    would be numbers without meaning.
+    """
+    boxes = [_box(check_mesh(m)) for m in (mesh, truth)]
+    (low, high), (true_low, true_high) = boxes
+    said = f"the mesh fills {_written(low, high)}, the truth {_written(true_low, true_high)}"
+    side, true_side = float((high - low).max()), float((true_high - true_low).max())
+    if abs(true_side - 1) > 0.01 or np.abs(true_low + true_high).max() > 0.02:
+        raise EvaluationError(f"the truth is not centred with its longest side 1: {said}; normalise it")
+    if not 1 / MAX_SIZE_RATIO < side / true_side < MAX_SIZE_RATIO:
+        raise EvaluationError(f"the mesh is in another unit: {said}; scale it to the truth's frame")
+    if (low > true_high).any() or (high < true_low).any():
+        raise EvaluationError(f"the mesh lies elsewhere: {said}; move it to the truth's frame")
+    report = mesh_report(mesh)
+    notes = [] if report.watertight else ["not watertight: its inside is decided by winding numbers or parity"]
+    if report.volume < 0:
+        notes.append("inside out: its faces run clockwise seen from outside")
+    return tuple(notes)
+
+
+def _box(mesh: Mesh):
+    used = mesh.vertices[mesh.faces].reshape(-1, 3).astype(np.float64)
+    return used.min(axis=0), used.max(axis=0)
+
+
+def _written(low, high) -> str:
+    return " x ".join(f"[{a:.3g}, {b:.3g}]" for a, b in zip(low, high, strict=True))
 
 
 def _seen(mesh: Mesh) -> Float[np.ndarray, "n 3"]:

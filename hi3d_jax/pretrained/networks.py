@@ -25,6 +25,7 @@ NETWORK_MODULES = {
     "DPT": "hi3d_jax.models.depth",
     "AestheticPredictor": "hi3d_jax.models.aesthetic",
     "LPIPS": "hi3d_jax.models.lpips",
+    "DISTS": "hi3d_jax.models.dists",
 }
 
 

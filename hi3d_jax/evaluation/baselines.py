@@ -1,0 +1,24 @@
+"""What any system has to beat: the input handed back for every view, and the visual hull of the masks."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+from hi3d_jax import visual_hull
+from hi3d_jax.mesh import Mesh, decimate, extract_surface
+from hi3d_jax.video import Orbit
+
+HULL_RESOLUTION = 128
+HULL_FACES = 20_000
+
+
+def copy_input(truth: Float[np.ndarray, "t h w 3"]) -> Float[np.ndarray, "t h w 3"]:
+    """View 0 as every view."""
+    return np.broadcast_to(truth[:1], truth.shape).copy()
+
+
+def hull(orbit: Orbit, resolution: int = HULL_RESOLUTION) -> Mesh:
+    """The surface of the visual hull, in grey: the best shape that masks alone allow. Raises `EmptyHullError`."""
+    carved = visual_hull.carve(orbit.alphas, orbit.cameras, resolution)
+    return decimate(extract_surface(carved.sample, carved.lower, carved.upper, resolution), HULL_FACES)

@@ -1,0 +1,52 @@
+"""What a reader of scores has to see: views above the true ones with their errors, a mesh beside the true one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float
+
+from hi3d_jax.cameras import Cameras, orbit
+from hi3d_jax.images import contact_sheet, resize
+from hi3d_jax.mesh import Mesh, render
+
+COLUMNS = 8
+TILE = 144
+MESH_TILE = 192
+# Absolute error, mean over the channels, that is shown in full red.
+FULL_RED = 0.25
+SIDES = ((0.0, 10.0), (90.0, 10.0), (180.0, 10.0), (270.0, 10.0), (30.0, 70.0), (30.0, -60.0))
+
+
+def compare_views(
+    views: Float[np.ndarray, "t h w 3"], truth: Float[np.ndarray, "t h w 3"]
+) -> Float[np.ndarray, "h2 w2 3"]:
+    """Three rows: views, true views (view 0 is the input) and error maps; at most `COLUMNS` views, evenly chosen."""
+    chosen = np.unique(np.linspace(0, len(views), min(COLUMNS, len(views)), endpoint=False).astype(int))
+    rows = (views[chosen], truth[chosen], error_maps(views[chosen], truth[chosen]))
+    scale = TILE / max(views.shape[1:3])
+    height, width = (max(round(side * scale), 8) for side in views.shape[1:3])
+    labels = [f"{word} {view}" for word in ("view", "truth", "error") for view in chosen]
+    labels[len(chosen)] = "input" if chosen[0] == 0 else labels[len(chosen)]
+    return contact_sheet([resize(tile, width, height) for row in rows for tile in row], len(chosen), labels)
+
+
+def error_maps(
+    views: Float[np.ndarray, "t h w 3"], truth: Float[np.ndarray, "t h w 3"]
+) -> Float[np.ndarray, "t h w 3"]:
+    """White where views agree, red where they differ by `FULL_RED` or more."""
+    error = np.clip(np.abs(views - truth).mean(axis=-1) / FULL_RED, 0, 1)
+    return np.stack([np.ones_like(error), 1 - error, 1 - error], axis=-1).astype(np.float32)
+
+
+def compare_meshes(mesh: Mesh, truth: Mesh | None) -> Float[np.ndarray, "h w 3"]:
+    """Rows of six sides: the mesh and the truth with their colours, then both as bare shapes."""
+    cameras = Cameras.concatenate([orbit([azimuth], up, width=MESH_TILE) for azimuth, up in SIDES])
+    pairs = [("mesh", mesh)] + ([("truth", truth)] if truth is not None else [])
+    coloured = any(each.texture is not None or each.colours is not None for _, each in pairs)
+    rows = [(name, each) for name, each in pairs if coloured]
+    rows += [(f"{name}'s shape", dataclasses.replace(each, texture=None, colours=None)) for name, each in pairs]
+    tiles = [view for _, each in rows for view in render(each, cameras, light="soft").views]
+    labels = [f"{name} {azimuth:.0f}°" for name, _ in rows for azimuth, _ in SIDES]
+    return contact_sheet(tiles, len(SIDES), labels)
