@@ -27,7 +27,6 @@ from tqdm import tqdm
 from hi3d_jax.data.dataset import RenderSettings, finish, finished, make_plan
 from hi3d_jax.data.record_folder import verify
 from hi3d_jax.data.runners import run_processes, run_ray
-from hi3d_jax.mesh import MeshError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     try:
         sys.exit(check(arguments.source) if arguments.verify else render(arguments))
-    except (ValueError, MeshError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on")

@@ -26,6 +26,7 @@ from typing import Literal, Protocol
 
 import grain
 import numpy as np
+from absl import flags
 from jaxtyping import Float, UInt8, UInt16
 
 from hi3d_jax import images
@@ -128,6 +129,8 @@ def open_batches(
     dataset = examples.map(lambda chosen: reader.batch(*(part[first : first + own] for part in chosen)))
     dataset = dataset.to_iter_dataset(grain.ReadOptions(config.read_threads, config.prefetch))
     if config.workers:
+        # Grain's workers read command-line flags, which only absl's own programs parse.
+        flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers, config.prefetch))
     return iter(dataset)
 

@@ -18,13 +18,13 @@ from hi3d_jax.atomic import written_aside
 from hi3d_jax.cameras import y_up_to_z_up, z_up_to_y_up
 from hi3d_jax.mesh.atlas import Part, merge_parts
 from hi3d_jax.mesh.render import linear_to_srgb, sample_texture, srgb_to_linear
+from hi3d_jax.mesh.texture_files import check_textures, decode_texture
 from hi3d_jax.mesh.triangles import Mesh, MeshError, check_mesh, same_position, smooth_normals
 
 SUFFIXES = (".glb", ".obj", ".ply")
 READABLE_SUFFIXES = (".glb", ".gltf", ".obj", ".ply")
 MAX_FILE_BYTES = 1 << 30
 MAX_FACES = 5_000_000
-MAX_TEXTURE_PIXELS = 64_000_000
 
 
 def write_mesh(path: str | Path, mesh: Mesh) -> None:
@@ -73,21 +73,7 @@ def _check_file(path: Path) -> None:
         raise MeshError(f"{path} is not a file; check the path")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise MeshError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB; decimate it first")
-    if path.suffix.lower() == ".obj":
-        _check_obj_textures(path)
-
-
-def _check_obj_textures(path: Path) -> None:
-    """trimesh draws an OBJ whose texture is missing in grey; whoever reads it should know."""
-    text = path.read_text(errors="replace")
-    for material in [line.split(maxsplit=1)[1].strip() for line in text.splitlines() if line.startswith("mtllib ")]:
-        library = path.parent / material
-        if not library.is_file():
-            continue
-        for line in library.read_text(errors="replace").splitlines():
-            key, _, texture = line.strip().partition(" ")
-            if key == "map_Kd" and not (path.parent / texture.strip()).is_file():
-                raise MeshError(f"{library} names the texture {texture!r}, which is missing; put it beside {path.name}")
+    check_textures(path)
 
 
 def _load_scene(path: Path) -> trimesh.Scene:
@@ -134,9 +120,7 @@ def _material(material, path: Path) -> tuple[Float[np.ndarray, "h w 3"] | None, 
             return None, np.asarray(material.main_color, np.float32)[:3] / 255
     if image is None:
         return None, None if factor is None else linear_to_srgb(factor)
-    if image.width * image.height > MAX_TEXTURE_PIXELS:
-        raise MeshError(f"{path} has a texture of {image.width} x {image.height} pixels; scale it to 8000 or less")
-    texture = np.asarray(image.convert("RGB"), np.float32) / 255
+    texture = decode_texture(image, path)
     if factor is not None and (factor != 1).any():
         texture = linear_to_srgb(srgb_to_linear(texture) * factor)
     return texture, None
