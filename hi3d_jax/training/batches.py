@@ -1,0 +1,60 @@
+"""The batches that a run's task wants: from rendered records, or from a built-in toy that needs no files."""
+
+from __future__ import annotations
+
+import grain
+import jax
+import numpy as np
+
+from hi3d_jax.data.loader import Batch, open_batches
+from hi3d_jax.data.record_folder import RecordFolder, RecordList
+from hi3d_jax.data.records import OrbitRecord
+from hi3d_jax.training.config import DataConfig, TrainConfig
+
+EXAMPLE = "example"
+EXAMPLE_ORBITS = 16
+
+
+def training_batches(config: TrainConfig) -> grain.DatasetIterator[Batch]:
+    """An endless iterator over this process's part of the training batches. Raises `ValueError`, `RecordError`."""
+    return _open(config, config.data.folder, shuffle=True)
+
+
+def validation_batches(config: TrainConfig) -> grain.DatasetIterator[Batch]:
+    """The same for validation: always the same batches in the same order."""
+    return _open(config, config.data.validation_folder, shuffle=False)
+
+
+def _open(config: TrainConfig, folder: str, shuffle: bool) -> grain.DatasetIterator[Batch]:
+    data = config.data
+    return open_batches(
+        RecordList([example_orbit(index, data) for index in range(EXAMPLE_ORBITS)])
+        if folder == EXAMPLE
+        else RecordFolder(folder),
+        data,
+        seed=config.seed,
+        shuffle=shuffle,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        cache=RecordFolder(data.cache_folder) if data.cache_folder else None,
+        stage1=RecordFolder(data.stage1_folder) if data.stage1_folder else None,
+    )
+
+
+def example_orbit(index: int, data: DataConfig) -> OrbitRecord:
+    """A coloured ellipsoid seen from all sides: enough to see a model learn, and nothing to download."""
+    rng = np.random.default_rng(index)
+    num_views, size = data.num_views, data.image_size
+    y, x = (np.mgrid[:size, :size] + 0.5) / size * 2 - 1
+    axes, tints, phase = rng.uniform(0.3, 0.8, 3), rng.uniform(0, 1, (2, 3)), rng.uniform(0, 2 * np.pi)
+    views = np.full((num_views, size, size, 4), 255, np.uint8)
+    depths = np.zeros((num_views, size, size), np.uint16)
+    for view, angle in enumerate(phase + 2 * np.pi * np.arange(num_views) / num_views):
+        width = np.hypot(axes[0] * np.cos(angle), axes[1] * np.sin(angle))
+        height = 1 - (x / width) ** 2 - (y / axes[2]) ** 2
+        inside = height > 0
+        mix = 0.5 + 0.5 * np.sin(3 * (np.arcsin(np.clip(x / width, -1, 1)) + angle) + 4 * y)[..., None]
+        views[view, ..., :3] = np.round(255 * np.where(inside[..., None], tints[0] * mix + tints[1] * (1 - mix), 1))
+        views[view, ..., 3] = 255 * inside
+        depths[view] = np.where(inside, 15_000 - 5_000 * np.sqrt(np.maximum(height, 0)), 0)
+    return OrbitRecord(f"example{index}/0", views, depths, elevation_deg=float(rng.uniform(-10, 40)))

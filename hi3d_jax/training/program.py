@@ -1,0 +1,148 @@
+"""A config and a device mesh as a compiled program: shapes and placement of all arrays, the first state, the step.
+
+Nothing is allocated until `initial_state`: with a mesh of devices that are only described, the step can be lowered and
+compiled for machines that are not there.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from hi3d_jax.pretrained import read_networks
+from hi3d_jax.training import lora, networks, sharding
+from hi3d_jax.training.config import TrainConfig
+from hi3d_jax.training.networks import Values
+from hi3d_jax.training.optimizer import make_optimizer
+from hi3d_jax.training.state import TrainState, initial_state
+from hi3d_jax.training.step import train_step
+
+
+class TrainProgram:
+    """What a config computes on a mesh.
+
+    `state` and `frozen` are the shapes, `state_shardings` and `frozen_shardings` the places of what `step` takes:
+    (state, frozen, batch) -> (state, metrics), jitted, the state donated.
+    """
+
+    def __init__(self, config: TrainConfig, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self._trained, self._frozen = config.task.trained(), config.task.frozen()
+        dtype = jnp.dtype(config.precision)
+        self._modules = networks.abstract_modules({**self._trained, **self._frozen}, dtype)
+        self.optimizer = make_optimizer(config.optimizer)
+        # With LoRA the networks themselves are frozen, and what is trained are their updates.
+        whole = networks.abstract_values({name: self._modules[name] for name in self._trained})
+        self.frozen = networks.abstract_values({name: self._modules[name] for name in self._frozen})
+        self.frozen |= whole if config.lora.rank else {}
+        self.state: TrainState = jax.eval_shape(self._state_of, whole)
+        self.state_shardings = sharding.tree_shardings(mesh, self.state)
+        self.frozen_shardings = sharding.tree_shardings(mesh, self.frozen)
+
+    def _state_of(self, whole: Values) -> TrainState:
+        """The first state from the trained networks' values."""
+        key, config = jax.random.key(self.config.seed), self.config.lora
+        params = whole
+        if config.rank:
+            params = {
+                name: lora.initial_updates(config, whole[name], jax.random.fold_in(key, 1))
+                for name, network in whole.items()
+                if lora.adapted_paths(config, network)
+            }
+            if not params:
+                raise ValueError(f"lora.paths={config.paths!r} matches no matrix of {', '.join(whole)}")
+        return initial_state(params, self.optimizer, ema=self.config.optimizer.ema_decay > 0, key=key)
+
+    def initial_state(self) -> tuple[TrainState, Values]:
+        """The first state and the frozen values, on their devices: random, or from the folders that the config names.
+
+        Raises `PretrainedError` where a folder does not have what the config wants.
+        """
+        key = jax.random.key(self.config.seed)
+        trained, start = self._trained, self.config.start
+        loaded = {name for name in trained if start and name in read_networks(start)}
+        if start and not loaded:
+            raise ValueError(f"start={start} has none of the networks that are trained: {', '.join(trained)}")
+        random = {name: spec for name, spec in trained.items() if name not in loaded}
+        abstract = networks.abstract_values({name: self._modules[name] for name in random})
+        make = jax.jit(
+            lambda key: networks.initial_values(random, key),
+            out_shardings=sharding.tree_shardings(self.mesh, abstract),
+        )
+        whole = make(key) if random else {}
+        whole |= {name: self._load(trained[name], name, start) for name in loaded}
+        whole = {name: whole[name] for name in trained}
+        frozen = {name: self._load(spec, name, spec.source) for name, spec in self._frozen.items()}
+        state = jax.jit(self._state_of, out_shardings=self.state_shardings)(whole)
+        return state, frozen | (whole if self.config.lora.rank else {})
+
+    def _load(self, spec: networks.NetworkSpec, name: str, source: str) -> dict[str, Array]:
+        place = lambda path, shape: sharding.parameter_sharding(self.mesh, path, shape.shape)  # noqa: E731
+        return networks.pretrained_values(spec, name, source, place)
+
+    def networks(self, params: Values, frozen: Values) -> dict[str, nnx.Module]:
+        """All networks of the task with their values, low-rank updates added."""
+        values = {**frozen, **params}
+        if self.config.lora.rank:
+            updated = {name: lora.merged(self.config.lora, frozen[name], params[name]) for name in params}
+            values = {**frozen, **updated}
+        return networks.filled(self._modules, values)
+
+    def loss(self, params: Values, frozen: Values, batch: Mapping[str, Array], key: Array):
+        """The task's loss and metrics as a function of trained and frozen values."""
+        return self.config.task.loss(self.networks(params, jax.lax.stop_gradient(frozen)), batch, key)
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """The jitted step; see the class."""
+        step = functools.partial(
+            train_step,
+            loss=self.loss,
+            optimizer=self.optimizer,
+            config=self.config.optimizer,
+            guard=self.config.guard,
+        )
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None))
+
+    @functools.cached_property
+    def evaluate(self) -> Any:
+        """Jitted (state, frozen, batch, key) -> metrics, with the averaged weights where there are any."""
+
+        def evaluate(state: TrainState, frozen: Values, batch: Mapping[str, Array], key: Array) -> dict[str, Array]:
+            value, metrics = self.loss(state.ema or state.params, frozen, batch, key)
+            return {"loss": value, **metrics}
+
+        return jax.jit(evaluate)
+
+    @functools.cached_property
+    def samples(self) -> Any:
+        """Jitted (state, frozen, batch, key) -> rows of pictures in [-1, 1], with the averaged weights."""
+
+        def samples(state: TrainState, frozen: Values, batch: Mapping[str, Array], key: Array) -> list[Array]:
+            return self.config.task.samples(self.networks(state.ema or state.params, frozen), batch, key)
+
+        return jax.jit(samples)
+
+    def place_batch(self, batch: Mapping[str, Any]) -> dict[str, Array]:
+        """A batch's arrays on the devices: each process gives the rows that it read."""
+        arrays = {name: value for name, value in batch.items() if value.dtype.kind in "fiu"}
+        shardings = sharding.batch_shardings(self.mesh, arrays, jax.process_count())
+        return {name: jax.make_array_from_process_local_data(shardings[name], value) for name, value in arrays.items()}
+
+
+def count_parameters(values: Values, pattern: str = ".*") -> int:
+    """Numbers in the parameters whose network.path matches in full."""
+    return sum(
+        p.size
+        for name, network in values.items()
+        for path, p in network.items()
+        if re.fullmatch(pattern, f"{name}.{path}")
+    )
