@@ -16,9 +16,8 @@ from hi3d_jax.models.depth_backbone import STRIDE, DPTConfig, HybridEncoder
 from hi3d_jax.models.layers import Conv
 from hi3d_jax.models.resampling import resize_bilinear
 
-# Disparity cells per latent cell and axis, and pixels per latent cell: the map is made at 3/8 of the frame's size.
+# Disparity cells per latent cell and axis in the released model.
 UNFOLD = 3
-LATENT_STRIDE = 8
 
 
 class ReadoutProject(nnx.Module):
@@ -122,14 +121,16 @@ def depth_input(images: Float[Array, "b h w 3"]) -> Float[Array, "b _ _ 3"]:
     return resize_bilinear(images, *sides)
 
 
-def disparity_latents(disparity: Float[Array, "b h w"], height: int, width: int) -> Float[Array, "b _ _ 9"]:
-    """Disparity of `height` x `width` frames as a condition: [b height/8 width/8 9], each map stretched to [0, 1].
+def disparity_latents(
+    disparity: Float[Array, "b h w"], rows: int, columns: int, unfold: int = UNFOLD
+) -> Float[Array, "b {rows} {columns} {unfold}*{unfold}"]:
+    """Disparity as a condition on a grid of `rows` x `columns` latent cells, each map stretched to [0, 1].
 
-    Channel 3 * row + column of a latent cell is its disparity at that place of a 3 x 3 grid. A constant map gives 0.
+    Channel unfold * row + column of a latent cell is its disparity at that place of an unfold x unfold grid. A constant
+    map gives 0.
     """
-    rows, columns = height // LATENT_STRIDE, width // LATENT_STRIDE
-    x = resize_bilinear(disparity[..., None], UNFOLD * rows, UNFOLD * columns)
+    x = resize_bilinear(disparity[..., None], unfold * rows, unfold * columns)
     x = x - x.min((1, 2), keepdims=True)
     x = x / jnp.maximum(x.max((1, 2), keepdims=True), 1e-6)
-    x = x.reshape(len(x), rows, UNFOLD, columns, UNFOLD).transpose(0, 1, 3, 2, 4)
-    return x.reshape(len(x), rows, columns, UNFOLD**2)
+    x = x.reshape(len(x), rows, unfold, columns, unfold).transpose(0, 1, 3, 2, 4)
+    return x.reshape(len(x), rows, columns, unfold**2)

@@ -49,6 +49,11 @@ class AutoencoderConfig:
     # One over the standard deviation of the latents.
     scaling_factor: float = 0.18215
 
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent cell and axis."""
+        return 2 ** (len(self.block_channels) - 1)
+
     @classmethod
     def stable_diffusion(cls) -> "AutoencoderConfig":
         """The first stage of Hi3D's two stages and of svd_xt_image_decoder."""
@@ -238,7 +243,7 @@ class TemporalAutoencoder(nnx.Module):
 
 
 def _check_images(config: AutoencoderConfig, images: Array) -> None:
-    factor = 2 ** (len(config.block_channels) - 1)
+    factor = config.downsampling
     if images.shape[-3] % factor or images.shape[-2] % factor:
         raise ValueError(
             f"images of {images.shape[-2]} x {images.shape[-3]} pixels: sides must be multiples of {factor}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from filled import FIXTURES, filled, import_or_skip, jitted, manifest, nchw, nhwc, random_network, randomised
 from flax import nnx
-from hashed import weight
+from recorded import TOWER, recorded_tower, tower_shapes
 
 from converters import image_encoder, open_clip, openai_clip
 from converters.rules import plan
@@ -17,7 +17,6 @@ from hi3d_jax.pretrained import abstract_network, parameters
 TINY = CLIPVisionConfig(
     image_size=28, patch_size=7, width=32, mlp_width=64, num_layers=3, num_heads=4, projection_dim=24
 )
-FIXTURE_TOWER = CLIPVisionConfig(width=64, mlp_width=256, num_layers=2, num_heads=4, projection_dim=48)
 
 
 @pytest.fixture(scope="module")
@@ -27,26 +26,7 @@ def images() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def fixture_tower():
-    shapes = {path: spec.shape for path, spec in parameters(abstract_network(CLIPVision, FIXTURE_TOWER)).items()}
-    shapes = manifest_of_fixture(shapes["position_embedding"][0])
-
-    def kind(key: str) -> str:
-        if ".ln_" in key and key.endswith("weight"):
-            return "norm"
-        return "matrix" if len(shapes[key]) > 1 else "vector"
-
-    weights = {key: weight(f"101/{key}", shape, kind(key)) for key, shape in shapes.items()}
-    return jitted(filled(CLIPVision, FIXTURE_TOWER, weights, open_clip.RULES))
-
-
-def manifest_of_fixture(num_tokens: int) -> dict[str, tuple[int, ...]]:
-    """The released tower's names with the fixture's sizes."""
-    sizes = {1280: 64, 3840: 192, 5120: 256, 1024: 48, 257: num_tokens, 3: 3, 14: 14}
-    return {
-        key: tuple(sizes[size] for size in shape)
-        for key, shape in manifest(open_clip.SGM_PREFIX).items()
-        if key.startswith("visual.") and not any(f"resblocks.{n}." in key for n in range(2, 32))
-    }
+    return jitted(recorded_tower())
 
 
 @pytest.mark.parametrize("name", ["96x64", "300x448", "1024x1024"])
@@ -118,9 +98,9 @@ def test_table_covers_a_whole_open_clip_file():
         "transformer.resblocks.3.attn.in_proj_weight": np.zeros(1),
         "attn_mask": np.zeros(1),
     }
-    shapes = manifest_of_fixture(257)
+    shapes = tower_shapes()
     weights |= {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
-    plan(weights, parameters(abstract_network(CLIPVision, FIXTURE_TOWER)), open_clip.RULES, open_clip.IGNORE)
+    plan(weights, parameters(abstract_network(CLIPVision, TOWER)), open_clip.RULES, open_clip.IGNORE)
 
 
 def test_half_precision_keeps_the_embedding(images):

@@ -126,7 +126,7 @@ def test_frames_are_resized_and_disparity_folded_as_in_the_official_embedder():
     # What stands in the depth network's place in this recording.
     red, green, blue = np.moveaxis(nhwc(stored["network_input"]), -1, 0)
     disparity = np.maximum(1.5 + 2 * red - 0.7 * green * blue + 0.3 * blue, 0)
-    latents = jax.jit(disparity_latents, static_argnums=(1, 2))(disparity, *frames.shape[1:3])
+    latents = jax.jit(disparity_latents, static_argnums=(1, 2))(disparity, *(side // 8 for side in frames.shape[1:3]))
     np.testing.assert_allclose(nchw(latents), stored["latents"], atol=1e-6)
 
 
@@ -138,13 +138,13 @@ def test_depth_input_size(side, expected):
 
 def test_folded_channels_are_row_major_and_stretched_to_the_unit_interval():
     disparity = np.arange(36, dtype=np.float32).reshape(1, 6, 6) + 5
-    latents = np.asarray(disparity_latents(jnp.asarray(disparity), 16, 16))
+    latents = np.asarray(disparity_latents(jnp.asarray(disparity), 2, 2))
     assert latents.shape == (1, 2, 2, 9)
     stretched = (disparity[0] - 5) / 35
     for row, column, inner_row, inner_column in np.ndindex(2, 2, 3, 3):
         cell = latents[0, row, column, 3 * inner_row + inner_column]
         np.testing.assert_allclose(cell, stretched[3 * row + inner_row, 3 * column + inner_column], atol=1e-6)
-    np.testing.assert_array_equal(disparity_latents(jnp.full((1, 6, 6), 3.0), 16, 16), 0)
+    np.testing.assert_array_equal(disparity_latents(jnp.full((1, 6, 6), 3.0), 2, 2), 0)
 
 
 def test_wrong_sizes_are_refused_with_a_remedy():

@@ -10,50 +10,13 @@ import pytest
 import torch
 from filled import FIXTURES, filled, import_or_skip, nhwc, randomised
 from flax import nnx
-from hashed import uniform, weight
+from recorded import FAST_COMPILE, UNETS, recorded_unet, relative_error
 
 from converters.rules import convert, plan, plan_export
 from converters.svd_unet import config_from_diffusers, diffusers_rules, sgm_rules, stage_of
 from hi3d_jax.models.embeddings import sinusoidal_embedding
 from hi3d_jax.models.unet import UNet, UNetConfig
 from hi3d_jax.pretrained import abstract_network, parameters
-
-# A quarter of the compile time; the kernels are the same, less optimised.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
-STAGES = {
-    "unet_stage1": UNetConfig(
-        context_dim=48, block_channels=(32, 32, 64, 64), num_heads=(2, 2, 4, 4), attention=(True, True, True, False)
-    ),
-    "unet_stage2": UNetConfig(
-        in_channels=17,
-        vector_dim=512,
-        context_dim=48,
-        block_channels=(32, 64, 64),
-        num_heads=(2, 4, 4),
-        attention=(True, True, False),
-        layers_per_block=1,
-    ),
-}
-SEEDS = {"unet_stage1": 11, "unet_stage2": 21}
-
-
-def relative_error(got, expected) -> float:
-    """The largest difference, in units of the largest expected number."""
-    return float(np.abs(np.asarray(got) - expected).max() / np.abs(expected).max())
-
-
-def hashed_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The fixtures' weight of that name: its kind follows from name and shape."""
-    if name.endswith("mix_factor"):
-        return (1.4 * uniform(name, shape)).astype(np.float32)
-    kind = "matrix" if len(shape) > 1 else "norm" if name.endswith("weight") else "vector"
-    return weight(name, shape, kind)
-
-
-def hashed_weights(config, rules, network: type[nnx.Module], seed: int) -> dict[str, np.ndarray]:
-    """Weights under the names and shapes that the table gives the network's parameters."""
-    specs = plan_export(parameters(abstract_network(network, config)), rules).specs
-    return {key: hashed_weight(f"{seed}/{key}", spec.shape) for key, spec in specs.items()}
 
 
 class Tapped(nnx.Module):
@@ -123,11 +86,10 @@ def as_recorded(key: str, tapped: np.ndarray) -> np.ndarray:
     return np.moveaxis(tapped.reshape(-1, *tapped.shape[2:]), -1, 1)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", UNETS)
 def test_every_block_agrees_with_the_official_network(name):
-    stored, config = np.load(FIXTURES / f"{name}.npz"), STAGES[name]
-    unet = filled(UNet, config, hashed_weights(config, sgm_rules(config), UNet, SEEDS[name]), sgm_rules(config))
-    graphdef, params = nnx.split(unet)
+    stored = np.load(FIXTURES / f"{name}.npz")
+    graphdef, params = nnx.split(recorded_unet(name))
     videos, views = stored["image_only_indicator"].shape
 
     def forward(params, *inputs):

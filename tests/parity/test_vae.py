@@ -9,32 +9,12 @@ import pytest
 import torch
 from filled import FIXTURES, filled, import_or_skip, nchw, nhwc, randomised
 from flax import nnx
-from hashed import weight
+from recorded import FAST_COMPILE, recorded_autoencoder, relative_error
 
 from converters import autoencoder
 from converters.rules import plan, plan_export
 from hi3d_jax.models.vae import Autoencoder, AutoencoderConfig, TemporalAutoencoder, TemporalDecoderConfig
 from hi3d_jax.pretrained import abstract_network, parameters
-
-# A quarter of the compile time; the kernels are the same, less optimised.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
-
-
-def relative_error(got, expected) -> float:
-    """The largest difference, in units of the largest expected number."""
-    return float(np.abs(np.asarray(got) - expected).max() / np.abs(expected).max())
-
-
-def hashed_network(network, config, rules, seed: int) -> nnx.Module:
-    """The network with the fixtures' weights, whose kinds follow from names and shapes."""
-
-    def hashed(key: str, shape: tuple[int, ...]) -> np.ndarray:
-        kind = "matrix" if len(shape) > 1 else "norm" if key.endswith("weight") else "vector"
-        scale = 14 if key.endswith("mix_factor") else 1
-        return scale * weight(f"{seed}/{key}", shape, kind)
-
-    specs = plan_export(parameters(abstract_network(network, config)), rules).specs
-    return filled(network, config, {key: hashed(key, spec.shape) for key, spec in specs.items()}, rules)
 
 
 def run(network: nnx.Module, method: str, *inputs):
@@ -48,7 +28,7 @@ def run(network: nnx.Module, method: str, *inputs):
 def test_the_image_autoencoder_agrees_with_the_official_one():
     stored = np.load(FIXTURES / "vae_image.npz")
     config = AutoencoderConfig(block_channels=(32, 32, 64, 64), layers_per_block=1)
-    network = hashed_network(Autoencoder, config, autoencoder.sgm_rules(config), seed=31)
+    network = recorded_autoencoder(Autoencoder, config, autoencoder.sgm_rules(config), seed=31)
     # Measured 2e-6 in all.
     posterior = run(network, "encode", nhwc(stored["x"]))
     mean, log_variance = np.split(stored["moments"], 2, axis=1)
@@ -65,7 +45,7 @@ def test_blocks_of_the_image_autoencoder_agree_with_the_official_ones(tap):
     """`dec_up3` is the coarsest resolution of the decoder with its upsampler: the first that runs."""
     stored = np.load(FIXTURES / "vae_image.npz")
     config = AutoencoderConfig(block_channels=(32, 32, 64, 64), layers_per_block=1)
-    network = hashed_network(Autoencoder, config, autoencoder.sgm_rules(config), seed=31)
+    network = recorded_autoencoder(Autoencoder, config, autoencoder.sgm_rules(config), seed=31)
     graphdef, params = nnx.split(network)
 
     def forward(params, x):
@@ -90,7 +70,7 @@ def test_blocks_of_the_image_autoencoder_agree_with_the_official_ones(tap):
 def test_the_temporal_decoder_agrees_with_the_official_one():
     stored = np.load(FIXTURES / "vae_temporal.npz")
     config = TemporalDecoderConfig(block_channels=(32, 32, 32, 64), quant_conv=False)
-    network = hashed_network(TemporalAutoencoder, config, autoencoder.temporal_sgm_rules(config), seed=41)
+    network = recorded_autoencoder(TemporalAutoencoder, config, autoencoder.temporal_sgm_rules(config), seed=41)
     # Measured 2e-6 in all.
     mean, log_variance = np.split(stored["moments"], 2, axis=1)
     posterior = run(network, "encode", nhwc(stored["x"]))
