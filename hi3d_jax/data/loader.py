@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Literal
 
 import grain
 import numpy as np
@@ -31,22 +31,11 @@ from jaxtyping import Float, UInt8, UInt16
 
 from hi3d_jax import images
 from hi3d_jax.data.degrade import Degradation, degrade_views
-from hi3d_jax.data.records import OrbitRecord, RecordError, units_to_depth
+from hi3d_jax.data.record_folder import RecordFolder, RecordList
+from hi3d_jax.data.records import RecordError, units_to_depth
 
 Batch = Mapping[str, np.ndarray]
-
-
-class Orbits(Protocol):
-    """What batches are made from: `RecordFolder` or `RecordList`."""
-
-    lines: list[dict]
-    index_of_key: dict[str, int]
-
-    def __len__(self) -> int:
-        """The number of records."""
-
-    def read(self, index: int, **wanted) -> OrbitRecord:
-        """A record, with what is wanted of it (`records.decode`)."""
+Orbits = RecordFolder | RecordList
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +162,7 @@ class _ExampleReader:
         examples = [self._example(int(index), int(seed)) for index, seed in zip(indices, seeds, strict=True)]
         return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
-    def _example(self, index: int, seed: int) -> Batch:
+    def _example(self, index: int, seed: int) -> dict[str, np.ndarray | np.generic]:
         config, rng = self._config, np.random.default_rng(seed)
         key = self._orbits.lines[index]["key"]
         starts = self._starts.get(key)

@@ -52,6 +52,10 @@ class RecordError(ValueError):
     """A record, shard or data set that cannot be read; the text names it and the remedy."""
 
 
+# Numbers of views, in an order.
+Order = Sequence[int] | np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class OrbitRecord:
     """One orbit, with the fields of this file's head; `views` and `depths` may be absent or left unread."""
@@ -72,7 +76,7 @@ class OrbitRecord:
         held = [part for part in (self.views, self.depths, *self.arrays.values()) if part is not None]
         return len(held[0]) if held else 0
 
-    def selected(self, order: Sequence[int]) -> OrbitRecord:
+    def selected(self, order: Order) -> OrbitRecord:
         """The record with the views, depths and arrays of `order` in that order."""
         order = np.asarray(order, np.int64)
         pick = lambda part: None if part is None else part[order]  # noqa: E731
@@ -80,8 +84,8 @@ class OrbitRecord:
         return dataclasses.replace(self, views=pick(self.views), depths=pick(self.depths), arrays=arrays)
 
 
-# Which views are wanted, and in which order, given their number.
-Select = Callable[[int], Sequence[int]]
+# A function of the number of views that says which ones are wanted, and in which order.
+Select = Callable[[int], Order]
 SCALARS = ("elevation_deg", "azimuth_deg", "radius", "fov_deg")
 
 
@@ -160,7 +164,7 @@ def _compressed(picture: np.ndarray, **options) -> bytes:
     return stream.getvalue()
 
 
-def _pictures(files: list[bytes] | None, kind: str, order: Sequence[int] | None) -> np.ndarray | None:
+def _pictures(files: list[bytes] | None, kind: str, order: Order | None) -> np.ndarray | None:
     """The pictures of a record, in one array; a size is read off the header before anything is decoded."""
     if files is None:
         return None
