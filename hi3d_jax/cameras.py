@@ -140,6 +140,11 @@ def azimuths_deg(cameras: Cameras) -> Float[np.ndarray, "t"]:
     return np.degrees(np.arctan2(cameras.centres[:, 1], cameras.centres[:, 0])) % 360
 
 
+def elevations_deg(cameras: Cameras) -> Float[np.ndarray, "t"]:
+    """Elevation of each camera's position, in [-90, 90]."""
+    return np.degrees(np.arctan2(cameras.centres[:, 2], np.hypot(cameras.centres[:, 0], cameras.centres[:, 1])))
+
+
 def between_neighbours(cameras: Cameras, count: int) -> Cameras:
     """`count` cameras spread evenly over the gaps between neighbouring views of an orbit (paper section 4.4).
 

@@ -88,6 +88,15 @@ def read_orbit(
     return cut_out(frames, cameras, matting)
 
 
+def read_views(path: str | Path) -> tuple[Float[np.ndarray, "t h w 4"], Cameras | None]:
+    """The views of an orbit as `read_orbit` finds them, nothing cut out, and their cameras where the folder holds any.
+
+    Raises `OrbitError`, `ImageError` or `CameraError`.
+    """
+    camera_file = _camera_file(Path(path))
+    return (read_frames(path), None) if camera_file is None else _read_posed(camera_file)
+
+
 def _camera_file(path: Path) -> Path | None:
     if path.suffix == ".json":
         return path

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from hi3d_jax.diffusion.precondition import Denoise
 
-Scalar = Float[Array, ""] | float
+Scalar = Float[Array, ""] | np.float32 | float
 # Changes the noisy latents before step number `index`: (noisy, index) -> noisy.
 BeforeStep = Callable[[Float[Array, "b t h w c"], Int[Array, ""]], Float[Array, "b t h w c"]]
 

@@ -8,18 +8,16 @@ that is interrupted and resumed gives what it would have given.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from hi3d_jax import mesh as meshes
 from hi3d_jax import neus, splatting, visual_hull
@@ -29,13 +27,12 @@ from hi3d_jax.images import over_white, read_image, resize, write_png
 from hi3d_jax.mesh import Mesh, MeshReport
 from hi3d_jax.neus import FittedSurface
 from hi3d_jax.splatting import Gaussians
-from hi3d_jax.stages.checks import StageError, check_finite, check_hull, check_orbit
+from hi3d_jax.stages.checks import StageError, check_hull, check_orbit
 from hi3d_jax.stages.pictures import TURNTABLE_FPS, Pictures, Scores, compare, draw_pictures
 from hi3d_jax.stages.presets import ReconstructConfig
 from hi3d_jax.stages.run_record import RunRecord
+from hi3d_jax.stages.steps import Steps
 from hi3d_jax.video import Orbit, write_mp4, write_orbit
-
-Made = TypeVar("Made")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +63,7 @@ def reconstruct(
     config = ReconstructConfig() if config is None else config
     check_orbit(orbit)
     record = RunRecord.begin(None if output is None else Path(output), _request(orbit, config), resume)
-    steps, fits = _Steps(record, progress), _Fits(orbit, config, progress)
+    steps, fits = Steps(record, progress), _Fits(orbit, config, progress)
     steps.take("views", "orbit.mp4", lambda: orbit, _write_views, lambda path: orbit)
     gaussians, between = None, None
     if config.num_interpolated:
@@ -99,47 +96,6 @@ def _request(orbit: Orbit, config: ReconstructConfig) -> dict[str, Any]:
     given = {"views": len(orbit), "width": orbit.cameras.width, "height": orbit.cameras.height}
     recipe = dataclasses.asdict(config)
     return {"seed": recipe.pop("seed"), "recipe": recipe, "input": {**given, "sha256": digest.hexdigest()}}
-
-
-class _Steps:
-    """Makes what is missing and takes what is there."""
-
-    def __init__(self, record: RunRecord, progress: bool):
-        self.record, self.progress = record, progress
-
-    def take(
-        self,
-        name: str,
-        file: str,
-        make: Callable[[], Made],
-        save: Callable[[Path, Made], None],
-        load: Callable[[Path], Made],
-    ) -> Made:
-        """What the step `name` makes, as its `file` in the output folder holds it."""
-        folder = self.record.folder
-        if folder is not None and self.record.finished(name) and (folder / file).exists():
-            return load(folder / file)
-        with self.timed(name):
-            made = make()
-            check_finite(name, made)
-            if folder is not None:
-                save(folder / file, made)
-        return made if folder is None else load(folder / file)
-
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """A step of the record; its errors begin with its name."""
-        try:
-            with self.record.step(name):
-                yield
-        except ValueError as error:
-            # A bare ValueError is a defect of the program; subclasses say what a user can change.
-            if type(error) is ValueError or isinstance(error, StageError):
-                raise
-            raise StageError(f"{name}: {error}") from error
-        if self.progress:
-            seconds = self.record.steps[name]["seconds"]
-            tqdm.write(f"{name}: {seconds:.1f} s, {self.record.seconds:.0f} s in all")
 
 
 class _Fits:

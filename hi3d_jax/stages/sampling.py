@@ -22,13 +22,12 @@ from tqdm import tqdm
 
 from hi3d_jax import diffusion
 from hi3d_jax.atomic import written_aside
+from hi3d_jax.diffusion.sampler import Scalar
 from hi3d_jax.stages.checks import StageError
 from hi3d_jax.stages.conditioning import Conditions
 from hi3d_jax.stages.recipe import Recipe
 
 STEPS = {"euler": diffusion.euler_step, "heun": diffusion.heun_step}
-
-Scalar = Float[Array, ""] | Float[np.ndarray, ""] | np.float32
 
 
 class NoiseLevel(NamedTuple):

@@ -1,0 +1,212 @@
+"""A model folder at work: its recipe, its programs, and its networks, loaded when needed and let go after."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, UInt8
+
+from hi3d_jax import diffusion
+from hi3d_jax.images import to_bytes
+from hi3d_jax.models.vae import Posterior
+from hi3d_jax.pretrained import abstract_network, from_pretrained, read_networks
+from hi3d_jax.stages import conditioning
+from hi3d_jax.stages.checks import StageError
+from hi3d_jax.stages.conditioning import ConditionParts, Encoders
+from hi3d_jax.stages.programs import (
+    ONE_BY_ONE,
+    PREVIEW_SHRINK,
+    PREVIEW_VIEWS,
+    Chunking,
+    Program,
+    concat_channels,
+    make_programs,
+    vector_dim,
+)
+from hi3d_jax.stages.recipe import Recipe, RecipeError
+from hi3d_jax.stages.sampling import Blending, noise_levels, sample
+
+# Is shown the number of each step done and the latents [t h w c] it was headed for.
+Watch = Callable[[int, Array], None]
+
+
+def default_dtype() -> Any:
+    """What networks compute in: bfloat16 where there are units for it, else float32."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+class StageModel:
+    """The model of one stage. Raises `PretrainedError` or `RecipeError` for a folder that holds no such model.
+
+    `stage` is the one that the folder must be of. `keep_loaded` keeps networks on their device once they were needed.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        stage: Literal[1, 2] | None = None,
+        *,
+        dtype: Any = None,
+        chunking: Chunking = ONE_BY_ONE,
+        keep_loaded: bool = False,
+    ):
+        self.source = source
+        self.recipe = Recipe.of(source, stage)
+        self.dtype = default_dtype() if dtype is None else dtype
+        self.keep_loaded = keep_loaded
+        described = read_networks(source)
+        wanted = needed_networks(self.recipe)
+        if missing := [name for name in wanted if name not in described]:
+            raise RecipeError(
+                f"{source} lacks the network {', '.join(missing)}, which its recipe needs; convert it with the others "
+                f"(it has {', '.join(described) or 'none'})"
+            )
+        names = [*wanted, "conditioning_vae"] if "conditioning_vae" in described else wanted
+        networks = {
+            name: abstract_network(*described[name], dtype=self.dtype, param_dtype=self.dtype) for name in names
+        }
+        check_fit(source, self.recipe, networks)
+        self.scaling_factor = networks["vae"].config.scaling_factor
+        self.programs = make_programs(self.recipe, networks, chunking)
+        self._kept: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """For progress bars and errors."""
+        return f"stage {self.recipe.stage}"
+
+    @contextlib.contextmanager
+    def loaded(self, program: Program) -> Iterator[Callable[..., Any]]:
+        """`program` with its networks' parameters on the device while the context lasts."""
+        fresh = [name for name in program.networks if name not in self._kept]
+        for name in fresh:
+            self._kept[name] = nnx.split(from_pretrained(self.source, name, dtype=self.dtype))[1]
+        params = tuple(self._kept[name] for name in program.networks)
+        # Several networks were split as one tuple.
+        joined = (
+            params[0]
+            if len(params) == 1
+            else jax.tree.unflatten(jax.tree.structure(program.params), jax.tree.leaves(params))
+        )
+        try:
+            yield functools.partial(program, joined)
+        finally:
+            if not self.keep_loaded:
+                for name in fresh:
+                    for array in jax.tree.leaves(self._kept.pop(name)):
+                        array.delete()
+
+    def run(self, name: str, images: Float[Array | np.ndarray, "n h w c"]) -> Any:
+        """The program `name` over all pictures, as many at a time as it was made for."""
+        program = self.programs[name]
+        with self.loaded(program) as call:
+            count = program.inputs[0].shape[0]
+            made = [call(jnp.asarray(images[i : i + count])) for i in range(0, len(images), count)]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *made)
+
+    def encoders(self) -> Encoders:
+        """The networks that conditions come from, each loaded for as long as it is called."""
+        has = self.programs.__contains__
+        return Encoders(
+            image_token=functools.partial(self.run, "image_token"),
+            latents=lambda images: self.run("conditioning_latents", images).mean,
+            depth=functools.partial(self.run, "depth") if has("depth") else None,
+            aesthetic=functools.partial(self.run, "aesthetic") if has("aesthetic") else None,
+        )
+
+    def sample(
+        self,
+        parts: ConditionParts,
+        noise: Float[Array, "1 t h w c"],
+        coarse: Float[Array, "1 t h w c"] | None = None,
+        *,
+        num_steps: int | None = None,
+        progress: bool = True,
+        kept: Path | None = None,
+        watch: Watch | None = None,
+    ) -> Float[Array, "t h w c"]:
+        """Scaled latents of one video from its conditions; `coarse`: the scaled latents that stage 2 blends with.
+
+        See `sampling.sample` for `progress`, `kept` and `watch`. Raises `StageError`.
+        """
+        recipe = self.recipe
+        levels = noise_levels(recipe, num_steps)
+        scale = jnp.asarray(diffusion.linear_guidance(recipe.num_views, *recipe.guidance))
+        conditions = conditioning.for_guidance(recipe, parts)
+        blending = None if recipe.blend_exponent is None else Blending(coarse, noise)
+        noisy = diffusion.initial_noisy(noise, np.asarray([level.sigma for level in levels]))
+        show = None if watch is None else lambda done, denoised: watch(done, denoised[0])
+        with self.loaded(self.programs["denoise_step"]) as call:
+            step = lambda noisy, level: call(noisy, level, scale, conditions, blending)  # noqa: E731
+            return sample(step, noisy, levels, self.name, progress, kept, show)[0]
+
+    def decode(self, latents: Float[Array, "t h w c"]) -> UInt8[np.ndarray, "t h2 w2 3"]:
+        """The views of scaled latents. Raises `StageError` where they are not finite."""
+        return self._bytes(self.run("decode", latents))
+
+    def preview(self, latents: Float[Array, "t h w c"]) -> UInt8[np.ndarray, "n h2 w2 3"]:
+        """A few views, small."""
+        views = latents[:: max(len(latents) // PREVIEW_VIEWS, 1)][:PREVIEW_VIEWS]
+        n, h, w, c = views.shape
+        by = PREVIEW_SHRINK if min(h, w) >= PREVIEW_SHRINK else 1
+        rows, columns = h // by, w // by
+        small = views[:, : rows * by, : columns * by].reshape(n, rows, by, columns, by, c).mean((2, 4))
+        return self._bytes(self.run("preview", small))
+
+    def _bytes(self, views: Array) -> UInt8[np.ndarray, "t h w 3"]:
+        views = np.asarray(views)
+        if not np.isfinite(views).all():
+            raise StageError(
+                f"{self.name}: NaN or infinite numbers came out of the decoder; all that came before this stage is "
+                "kept. Compute in float32 (--dtype float32) or try another --seed; if it stays, the weights are damaged"
+            )
+        return to_bytes(views)
+
+
+def needed_networks(recipe: Recipe) -> list[str]:
+    """Names of the networks that a model with this recipe consists of."""
+    names = ["unet", "vae", "image_encoder"]
+    if "depth" in recipe.concat:
+        names.append("depth")
+    if "aesthetic" in recipe.vector:
+        names += ["aesthetic_encoder", "aesthetic_predictor"]
+    return names
+
+
+def check_fit(source: str | Path, recipe: Recipe, networks: dict[str, nnx.Module]) -> None:
+    """Raises `RecipeError` where networks do not have the sizes that the recipe and each other ask for."""
+    unet, vae = networks["unet"].config, networks["vae"].config
+    expected = {
+        "in_channels": unet.out_channels + concat_channels(recipe, vae.latent_channels),
+        "out_channels": vae.latent_channels,
+        "vector_dim": vector_dim(recipe),
+        "context_dim": networks["image_encoder"].config.projection_dim,
+    }
+    for field, value in expected.items():
+        if getattr(unet, field) != value:
+            raise RecipeError(
+                f"{source}: the U-Net has {field} {getattr(unet, field)}, but its recipe (vector "
+                f"{', '.join(recipe.vector)}; concat {', '.join(recipe.concat)}) and the other networks ask for {value}"
+            )
+    factor = vae.downsampling * 2 ** (len(unet.block_channels) - 1)
+    if recipe.image_size % factor:
+        raise RecipeError(f"{source}: image_size {recipe.image_size} must be a multiple of {factor} for its networks")
+
+
+def random_key(seed: int, variant: int, stage: int) -> Array:
+    """The key of one stage of one variant: it does not depend on how many variants are made."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), variant), stage)
+
+
+def draw_latents(posterior: Posterior, key: Array, scaling_factor: float) -> Float[Array, "1 t h w c"]:
+    """Scaled latents drawn from an autoencoder's posterior."""
+    return posterior.sample(key)[None] * scaling_factor

@@ -1,0 +1,269 @@
+"""From one image to high-resolution orbits: matting, stage 1 and stage 2, with everything made on the way as files."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from hi3d_jax.cameras import Cameras, elevations_deg
+from hi3d_jax.cameras import orbit as orbit_cameras
+from hi3d_jax.images import Matting, matte, over_white, read_image, to_bytes, write_png
+from hi3d_jax.stages import orbit_files
+from hi3d_jax.stages.framing import frame_image, resize_view
+from hi3d_jax.stages.model import StageModel
+from hi3d_jax.stages.multiview import multiview
+from hi3d_jax.stages.recipe import Recipe, RecipeError
+from hi3d_jax.stages.refine import refine
+from hi3d_jax.stages.run_record import RunRecord
+from hi3d_jax.stages.steps import Steps
+from hi3d_jax.video import Orbit
+
+STAGE_FOLDERS = ("stage1", "stage2")
+INPUT_FILE = "input.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One draw: the `coarse` orbit of stage 1, and the `refined` one of stage 2 (None without a refiner)."""
+
+    coarse: Orbit
+    refined: Orbit | None = None
+
+    @property
+    def orbit(self) -> Orbit:
+        """The better one."""
+        return self.coarse if self.refined is None else self.refined
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a run is done, without changing what is asked for."""
+
+    # Continue the run that the output folder holds after its last finished step.
+    resume: bool = False
+    progress: bool = True
+    # Write a few views, small, every so many steps of sampling; 0: none.
+    preview_every: int = 0
+
+
+class Hi3DPipeline:
+    """Stages 1 and 2 behind one call; either may be missing where it is not asked for."""
+
+    def __init__(self, generator: StageModel | None = None, refiner: StageModel | None = None):
+        for model, stage in ((generator, 1), (refiner, 2)):
+            if model is not None and model.recipe.stage != stage:
+                raise RecipeError(f"{model.source} holds a model of stage {model.recipe.stage}, not of stage {stage}")
+        self.generator = generator
+        self.refiner = refiner
+
+    @classmethod
+    def from_pretrained(cls, *sources: str | Path, **settings: Any) -> Hi3DPipeline:
+        """A pipeline of the stages that the model folders hold.
+
+        Each source is the folder of a stage, one with such folders as stage1/ and stage2/, or a Hugging Face
+        repository. `settings` are those of `StageModel`. Raises `PretrainedError` or `RecipeError`.
+        """
+        models: dict[int, StageModel] = {}
+        for folder in (folder for source in sources for folder in stage_folders(source)):
+            model = StageModel(folder, **settings)
+            if model.recipe.stage in models:
+                first = models[model.recipe.stage].source
+                raise RecipeError(f"{folder} and {first} both hold a model of {model.name}; name one of them")
+            models[model.recipe.stage] = model
+        return cls(models.get(1), models.get(2))
+
+    def __call__(
+        self,
+        image: str | Path | Float[np.ndarray, "h w c"],
+        output: str | Path | None = None,
+        *,
+        elevation_deg: float = 0.0,
+        seed: int = 0,
+        num_variants: int = 1,
+        num_steps: int | None = None,
+        matting: Matting = "auto",
+        keep_framing: bool = False,
+        options: Options | None = None,
+    ) -> list[Variant]:
+        """Orbits of the object in `image`, a file or RGB(A) in [0, 1], whose view 0 is the image itself.
+
+        `elevation_deg` is how far above the horizon the image was taken. Variant k of a seed is the same however many
+        are made. `matting` is that of `images.matte`; `keep_framing` leaves the object where it is in the image.
+        Files are only written into the folder `output`. Raises `ImageError`, `StageError`, `RecipeError`, `RunError`,
+        and `OSError` for the disk.
+        """
+        if self.generator is None:
+            raise RecipeError("there is no model of stage 1 to make views with; give the folder of one")
+        if num_variants < 1:
+            raise RecipeError(f"{num_variants} variants: ask for at least 1")
+        options = Options() if options is None else options
+        cut = cut_out(image, matting)
+        output = None if output is None else Path(output)
+        request = self._request(cut, elevation_deg, seed, num_steps, keep_framing) | {"num_variants": num_variants}
+        run = _Run(RunRecord.begin(output, request, options.resume), options)
+        if output is not None:
+            # Twice as large: what a refiner will want to see.
+            large = dataclasses.replace(self.generator.recipe, image_size=2 * self.generator.recipe.image_size)
+            write_png(output / INPUT_FILE, _unit(frame_image(cut, large, keep_framing)))
+        variants = []
+        for variant in range(num_variants):
+            part = "" if num_variants == 1 else f"variant_{variant}"
+            sampling = {"elevation_deg": elevation_deg, "seed": seed, "variant": variant, "num_steps": num_steps}
+            first = frame_image(cut, self.generator.recipe, keep_framing)
+            cameras = _cameras(self.generator.recipe, elevation_deg)
+            make = functools.partial(multiview, self.generator, first, **sampling)
+            coarse = run.orbit(self.generator, cameras, make, part if self.refiner is None else f"{part}/coarse")
+            refined = None
+            if self.refiner is not None:
+                image_large = frame_image(cut, self.refiner.recipe, keep_framing)
+                make = functools.partial(refine, self.refiner, _bytes(coarse), image_large, **sampling)
+                size = self.refiner.recipe.image_size
+                refined = run.orbit(self.refiner, coarse.cameras.resized(size, size), make, part)
+            variants.append(Variant(coarse, refined))
+        run.finish([variant.orbit for variant in variants])
+        return variants
+
+    def refine(
+        self,
+        views: Float[np.ndarray, "t h w c"],
+        output: str | Path | None = None,
+        *,
+        image: str | Path | Float[np.ndarray, "h w c"] | None = None,
+        cameras: Cameras | None = None,
+        elevation_deg: float = 0.0,
+        seed: int = 0,
+        num_steps: int | None = None,
+        options: Options | None = None,
+    ) -> Orbit:
+        """The views of an orbit, RGB(A) in [0, 1], refined by stage 2; what is transparent becomes white.
+
+        `image` shows what view 0 does, framed alike, in more detail. Without `cameras` the views were taken from
+        `elevation_deg`, equally spaced. Otherwise as `__call__`.
+        """
+        if self.refiner is None:
+            raise RecipeError("there is no model of stage 2 to refine views with; give the folder of one")
+        options, recipe = Options() if options is None else options, self.refiner.recipe
+        size = recipe.image_size
+        if cameras is None:
+            cameras = _cameras(recipe, elevation_deg)
+        else:
+            elevation_deg = common_elevation(cameras)
+            cameras = cameras.resized(size, size)
+        coarse = np.stack([to_bytes(_on_white(view)) for view in views])
+        first = None if image is None else to_bytes(_on_white(_read(image)))
+        request = self._request(coarse if first is None else np.append(coarse, first), elevation_deg, seed, num_steps)
+        output = None if output is None else Path(output)
+        run = _Run(RunRecord.begin(output, request, options.resume), options)
+        first = None if first is None else resize_view(first, size, size, recipe)
+        sampling = {"elevation_deg": elevation_deg, "seed": seed, "num_steps": num_steps}
+        refined = run.orbit(self.refiner, cameras, functools.partial(refine, self.refiner, coarse, first, **sampling))
+        run.finish([refined])
+        return refined
+
+    def _request(self, pixels: np.ndarray, elevation_deg: float, seed: int, num_steps: int | None, *framing: bool):
+        """What decides the result, as JSON."""
+        models = {
+            model.name.replace(" ", ""): {"recipe": model.recipe.to_dict(), "dtype": jnp.dtype(model.dtype).name}
+            for model in (self.generator, self.refiner)
+            if model is not None
+        }
+        sha256 = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
+        given = {"elevation_deg": elevation_deg, "num_steps": num_steps, "keep_framing": any(framing)}
+        return {"seed": seed, **given, "models": models, "input": {"sha256": sha256}}
+
+
+class _Run:
+    """The steps of one run, with or without an output folder."""
+
+    def __init__(self, record: RunRecord, options: Options):
+        self.record, self.options = record, options
+        self.steps = Steps(record, options.progress)
+
+    def orbit(
+        self, model: StageModel, cameras: Cameras, make: Callable[..., UInt8[np.ndarray, "t h w 3"]], part: str = ""
+    ) -> Orbit:
+        """What `make` makes as an orbit, in the folder `part` of the output."""
+        part = part.strip("/")
+        folder = None if self.record.folder is None else self.record.folder / part
+        kept = watch = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = folder / orbit_files.SAMPLING_FILE
+            if every := self.options.preview_every:
+                watch = orbit_files.preview_writer(folder / "previews", model, every)
+        return self.steps.take(
+            " ".join([model.name, *part.split("/")]).strip(),
+            f"{part}/{orbit_files.CAMERAS_FILE}".lstrip("/"),
+            lambda: orbit_files.as_orbit(make(progress=self.options.progress, kept=kept, watch=watch), cameras),
+            orbit_files.write_views,
+            orbit_files.read_written_views,
+        )
+
+    def finish(self, orbits: Sequence[Orbit]) -> None:
+        if self.record.folder is not None:
+            orbit_files.write_sheet(self.record.folder / orbit_files.SHEET_FILE, orbits)
+            self.record.write()
+
+
+def stage_folders(source: str | Path) -> list[str | Path]:
+    """The folders of stages that a source stands for: itself, or its stage1/ and stage2/."""
+    folder = Path(source)
+    inner = [folder / name for name in STAGE_FOLDERS if (folder / name / "config.json").exists()]
+    return inner if inner and not (folder / "config.json").exists() else [source]
+
+
+def cut_out(image: str | Path | Float[np.ndarray, "h w c"], matting: Matting = "auto") -> Float[np.ndarray, "h w 4"]:
+    """The object of an image alone. Warns where it touches the border: what is cut off cannot be turned around."""
+    cut = matte(_read(image), matting)
+    solid = cut[..., 3] > 0.5
+    sides = {"top": solid[0], "bottom": solid[-1], "left": solid[:, 0], "right": solid[:, -1]}
+    if touched := [name for name, line in sides.items() if line.any()]:
+        warnings.warn(
+            f"the object touches the image's border ({', '.join(touched)}) and may be cut off there; use an image "
+            "with a margin around all of it",
+            stacklevel=3,
+        )
+    return cut
+
+
+def common_elevation(cameras: Cameras) -> float:
+    """The elevation of an orbit's cameras. Raises `RecipeError` where they are no orbit."""
+    elevations = elevations_deg(cameras)
+    if np.ptp(elevations) > 1:
+        raise RecipeError(
+            f"the cameras' elevations go from {elevations.min():.0f} to {elevations.max():.0f} degrees; stage 2 "
+            "refines views that were all taken from one elevation"
+        )
+    return round(float(elevations.mean()), 3)
+
+
+def _cameras(recipe: Recipe, elevation_deg: float) -> Cameras:
+    azimuths = np.arange(recipe.num_views) * (360 / recipe.num_views)
+    return orbit_cameras(azimuths, elevation_deg, recipe.radius, recipe.fov_deg, recipe.image_size)
+
+
+def _read(image: str | Path | Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w 4"]:
+    if not isinstance(image, np.ndarray):
+        return read_image(image)
+    return image if image.shape[2] == 4 else np.concatenate([image, np.ones_like(image[..., :1])], axis=-1)
+
+
+def _on_white(view: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w 3"]:
+    return over_white(view) if view.shape[2] == 4 else view
+
+
+def _bytes(orbit: Orbit) -> UInt8[np.ndarray, "t h w 3"]:
+    return to_bytes(orbit.views)
+
+
+def _unit(image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "h w 3"]:
+    return image.astype(np.float32) / 255

@@ -1,0 +1,65 @@
+"""Stage 2 (paper section 4.3): the views of an orbit again, at high resolution, held together by their depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from hi3d_jax.stages.conditioning import encode
+from hi3d_jax.stages.framing import resize_view, to_network
+from hi3d_jax.stages.model import StageModel, Watch, draw_latents, random_key
+from hi3d_jax.stages.multiview import check_elevation
+from hi3d_jax.stages.recipe import RecipeError
+
+
+def refine(
+    model: StageModel,
+    coarse: UInt8[np.ndarray, "t h w 3"],
+    image: UInt8[np.ndarray, "s s 3"] | None = None,
+    *,
+    elevation_deg: float = 0.0,
+    seed: int = 0,
+    variant: int = 0,
+    num_steps: int | None = None,
+    progress: bool = True,
+    kept: Path | None = None,
+    watch: Watch | None = None,
+) -> UInt8[np.ndarray, "t s s 3"]:
+    """The `coarse` views, on white and of any size, refined; `image` is what view 0 shows, at the model's size.
+
+    Without `image`, view 0 of `coarse` stands for it. Otherwise as `multiview`.
+    """
+    recipe = model.recipe
+    check_elevation(recipe, elevation_deg)
+    size = recipe.image_size
+    if len(coarse) != recipe.num_views:
+        raise RecipeError(
+            f"{model.name} refines orbits of {recipe.num_views} views and got {len(coarse)}; give all views of an "
+            f"orbit with {recipe.num_views} of them"
+        )
+    views = np.stack([resize_view(view, size, size, recipe) for view in coarse])
+    image = views[0] if image is None else image
+    if image.shape != (size, size, 3):
+        raise RecipeError(f"{model.name} takes an image of {size} x {size} pixels, not {image.shape}: use frame_image")
+    if recipe.first_view_is_image:
+        views = np.concatenate([image[None], views[1:]])
+    noise_key, augment_key, posterior_key = jax.random.split(random_key(seed, variant, recipe.stage), 3)
+    shown = jnp.asarray(to_network(views))
+    parts = encode(
+        recipe,
+        model.encoders(),
+        jnp.asarray(to_network(image))[None],
+        jnp.full(1, elevation_deg, jnp.float32),
+        jax.random.normal(augment_key, (1, *shown.shape)),
+        shown[None],
+    )
+    latents = None
+    if recipe.blend_exponent is not None:
+        latents = draw_latents(model.run("coarse_latents", shown), posterior_key, model.scaling_factor)
+    noise = jax.random.normal(noise_key, model.programs["denoise_step"].inputs[0].shape)
+    refined = model.sample(parts, noise, latents, num_steps=num_steps, progress=progress, kept=kept, watch=watch)
+    return model.decode(refined)
