@@ -45,9 +45,9 @@ class Arguments:
     runner: Literal["processes", "ray"] = "processes"
     """Processes of this machine, or Ray's workers on many."""
     workers: int = os.cpu_count() or 1
-    """Processes, for --runner processes."""
+    """Processes of this machine."""
     ray_address: str | None = None
-    """Of a running Ray cluster ("auto": the one this machine belongs to); Ray is started here if not given."""
+    """Of a running Ray cluster ("auto": the one this machine belongs to); Ray starts on this machine if not given."""
     verify: bool = False
     """Read the data set SOURCE whole, compare all checksums, and render nothing."""
 
@@ -59,7 +59,7 @@ def render(arguments: Arguments) -> None:
     plan = make_plan(arguments.output, arguments.source, arguments.render, split=arguments.split, limit=arguments.limit)
     missing = sorted(set(range(len(plan.shards))) - finished(arguments.output, plan))
     if arguments.runner == "ray":
-        results = run_ray(arguments.output, plan, missing, arguments.ray_address)
+        results = run_ray(arguments.output, plan, missing, arguments.workers, arguments.ray_address)
     else:
         results = run_processes(arguments.output, plan, missing, arguments.workers)
     total = sum(len(shard) for shard in plan.shards)

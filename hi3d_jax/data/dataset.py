@@ -232,7 +232,7 @@ def _orbit_record(
     steps = np.arange(settings.num_views) * (360 / settings.num_views)
     renders, _ = render_orbit(
         mesh,
-        azimuths_deg=azimuth_deg + steps,
+        azimuths_deg=(azimuth_deg + steps).tolist(),
         elevation_deg=elevation_deg,
         radius=settings.radius,
         fov_deg=settings.fov_deg,

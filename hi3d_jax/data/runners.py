@@ -50,8 +50,10 @@ def _run_pool(folder, plan: Plan, shards: list[int], workers: int) -> Iterator[t
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def run_ray(folder: str | Path, plan: Plan, shards: list[int], address: str | None, retries: int = 24):
-    """Yields (shard, note) as Ray's workers render; `address` None starts Ray on this machine, or uses a cluster's.
+def run_ray(
+    folder: str | Path, plan: Plan, shards: list[int], workers: int, address: str | None
+) -> Iterator[tuple[int, dict]]:
+    """Yields (shard, note) as Ray's workers render: those of the cluster at `address`, or `workers` of this machine.
 
     `folder` and the assets must be on a file system that all machines see. Raises `RuntimeError` without Ray.
     """
@@ -61,10 +63,11 @@ def run_ray(folder: str | Path, plan: Plan, shards: list[int], address: str | No
         raise RuntimeError("--runner=ray needs Ray: pip install 'hi3d_jax[ray]'") from error
     own = not ray.is_initialized()
     if own:
-        ray.init(address=address, logging_level="warning", log_to_driver=False)
+        local = {} if address else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(address=address, logging_level="warning", log_to_driver=False, **local)
     try:
         # A task whose worker or machine dies is given to another worker.
-        task = ray.remote(num_cpus=1, max_retries=retries)(render_shard)
+        task = ray.remote(num_cpus=1, max_retries=MAX_BREAKS)(render_shard)
         shared_plan = ray.put(plan)
         running = {task.remote(str(Path(folder).resolve()), shared_plan, shard): shard for shard in shards}
         while running:
