@@ -100,23 +100,12 @@ class Checkpoints:
         """The newest state that can be read, on its devices, and all processes' data states; None if there is none."""
         for step in sorted(self.steps(), reverse=True):
             path = self._folder / str(step)
-            problem = _agreed(damage(path)) if jax.process_index() == 0 else _agreed("")
-            if not problem:
-                try:
-                    return self._load(step, abstract, shardings)
-                except Exception as error:
-                    problem = _first_line(error)
-            self._say(f"the checkpoint of step {step} is passed over: {problem}")
-            self._set_aside(path)
+            try:
+                return read_checkpoint(path, abstract, shardings)
+            except CheckpointError as error:
+                self._say(f"the checkpoint of step {step} is passed over: {error}")
+                self._set_aside(path)
         return None
-
-    def _load(self, step: int, abstract: TrainState, shardings: TrainState) -> tuple[TrainState, list[Any]]:
-        target = jax.tree.map(
-            lambda spec, place: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=place), abstract, shardings
-        )
-        found = self._saver.load_checkpointables(step, {"state": _named(target), "data": None})
-        values = [found["state"][name] for name in _named(target)]
-        return jax.tree.unflatten(jax.tree.structure(target), values), found["data"]["processes"]
 
     def _set_aside(self, path: Path) -> None:
         """Out of the way of the checkpoint that will be written at this step again, but not deleted."""
@@ -138,13 +127,39 @@ class Checkpoints:
         self._saver.close()
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read."""
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps that have checkpoints, in order; a run may be writing there."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def read_checkpoint(path: Path, abstract: TrainState, shardings: TrainState) -> tuple[TrainState, list[Any]]:
+    """The state of a checkpoint, on its devices, and the data states of the processes that wrote it.
+
+    Raises `CheckpointError` where it is damaged or of another run's shapes.
+    """
+    if problem := _agreed(damage(path) if jax.process_index() == 0 else ""):
+        raise CheckpointError(problem)
+    target = jax.tree.map(
+        lambda spec, place: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=place), abstract, shardings
+    )
+    named = _named(target)
+    try:
+        found = ocp.load_checkpointables(path.resolve(), {"state": named, "data": None})
+        values = [found["state"][name] for name in named]
+        return jax.tree.unflatten(jax.tree.structure(target), values), found["data"]["processes"]
+    # What orbax and tensorstore raise for damaged files is not documented.
+    except Exception as error:
+        raise CheckpointError(_first_line(error)) from error
+
+
 def _named(state: TrainState) -> dict[str, Any]:
     """The leaves by their names: what orbax stores does not depend on optax's classes."""
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in _leaves(state)}
-
-
-def _leaves(state: TrainState) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_flatten_with_path(state)[0]
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def write_checksums(path: Path) -> None:

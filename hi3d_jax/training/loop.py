@@ -192,10 +192,11 @@ class Run:
     def _draw(self, step: int, batch: Any) -> None:
         batch = {name: value[: self.config.log.samples] for name, value in batch.items()}
         key = jax.random.fold_in(self.state.key, 2**31 - 1)
-        rows = self.program.samples(self.state, self.frozen, batch, key)
+        rows, metrics = self.program.samples(self.state, self.frozen, batch, key)
         if jax.process_count() > 1:
             rows = multihost_utils.process_allgather(rows, tiled=True)
         self.writer.picture(step, grid([np.asarray(row) for row in rows]))
+        self.writer.scalars(step, "samples", {name: float(value) for name, value in metrics.items()})
 
     def _validate(self, step: int) -> None:
         """The loss on the same batches with the same noise, every time."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,12 +40,15 @@ class NetworkSpec:
 Specs = Mapping[str, NetworkSpec]
 
 
-def found_in(source: str, name: str) -> NetworkSpec:
-    """The network called `name` in a model folder, to be used as it is. Raises `PretrainedError` if it has none."""
-    networks = read_networks(source)
-    if name not in networks:
-        raise PretrainedError(f"{source} has no network {name!r}; it has {', '.join(networks) or 'none'}")
-    return NetworkSpec(*networks[name], source=source)
+def found_in(sources: Sequence[str], name: str) -> NetworkSpec:
+    """The network called `name` of the first of some model folders that has it, to be used as it is.
+
+    Raises `PretrainedError` if none has it.
+    """
+    for source in sources:
+        if name in (networks := read_networks(source)):
+            return NetworkSpec(*networks[name], source=str(source))
+    raise PretrainedError(f"none of the model folders ({', '.join(map(str, sources)) or 'none given'}) has {name!r}")
 
 
 def abstract_modules(specs: Specs, dtype: Any) -> dict[str, nnx.Module]:
@@ -79,7 +82,9 @@ def pretrained_values(
     spec: NetworkSpec, name: str, source: str, sharding: Callable[[str, jax.ShapeDtypeStruct], Any]
 ) -> dict[str, jax.Array]:
     """A model folder's weights of one network, float32, on their devices. Raises `PretrainedError` for other sizes."""
-    found = found_in(source, name)
+    if not source:
+        raise PretrainedError(f"no folder is given for the network {name!r}: set task.networks to one that has it")
+    found = found_in([source], name)
     if (found.network, found.config) != (spec.network, spec.config):
         raise PretrainedError(
             f"{name} of {source} is {found.network.__name__} with {found.config}, the run wants "

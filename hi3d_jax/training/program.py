@@ -66,23 +66,30 @@ class TrainProgram:
 
         Raises `PretrainedError` where a folder does not have what the config wants.
         """
-        key = jax.random.key(self.config.seed)
+        whole = self._first_values()
+        state = jax.jit(self._state_of, out_shardings=self.state_shardings)(whole)
+        return state, self._load_frozen() | (whole if self.config.lora.rank else {})
+
+    def frozen_values(self) -> Values:
+        """The values of what is not trained. Raises `PretrainedError`."""
+        return self._load_frozen() | (self._first_values() if self.config.lora.rank else {})
+
+    def _first_values(self) -> Values:
+        """Values of the trained networks before any step."""
         trained, start = self._trained, self.config.start
         loaded = {name for name in trained if start and name in read_networks(start)}
         if start and not loaded:
             raise ValueError(f"start={start} has none of the networks that are trained: {', '.join(trained)}")
         random = {name: spec for name, spec in trained.items() if name not in loaded}
         abstract = networks.abstract_values({name: self._modules[name] for name in random})
-        make = jax.jit(
-            lambda key: networks.initial_values(random, key),
-            out_shardings=sharding.tree_shardings(self.mesh, abstract),
-        )
-        whole = make(key) if random else {}
-        whole |= {name: self._load(trained[name], name, start) for name in loaded}
-        whole = {name: whole[name] for name in trained}
-        frozen = {name: self._load(spec, name, spec.source) for name, spec in self._frozen.items()}
-        state = jax.jit(self._state_of, out_shardings=self.state_shardings)(whole)
-        return state, frozen | (whole if self.config.lora.rank else {})
+        shardings = sharding.tree_shardings(self.mesh, abstract)
+        make = jax.jit(lambda key: networks.initial_values(random, key), out_shardings=shardings)
+        values = make(jax.random.key(self.config.seed)) if random else {}
+        values |= {name: self._load(trained[name], name, start) for name in loaded}
+        return {name: values[name] for name in trained}
+
+    def _load_frozen(self) -> Values:
+        return {name: self._load(spec, name, spec.source) for name, spec in self._frozen.items()}
 
     def _load(self, spec: networks.NetworkSpec, name: str, source: str) -> dict[str, Array]:
         place = lambda path, shape: sharding.parameter_sharding(self.mesh, path, shape.shape)  # noqa: E731
@@ -96,7 +103,9 @@ class TrainProgram:
             values = {**frozen, **updated}
         return networks.filled(self._modules, values)
 
-    def loss(self, params: Values, frozen: Values, batch: Mapping[str, Array], key: Array):
+    def loss(
+        self, params: Values, frozen: Values, batch: Mapping[str, Array], key: Array
+    ) -> tuple[Array, dict[str, Array]]:
         """The task's loss and metrics as a function of trained and frozen values."""
         return self.config.task.loss(self.networks(params, jax.lax.stop_gradient(frozen)), batch, key)
 
@@ -124,9 +133,9 @@ class TrainProgram:
 
     @functools.cached_property
     def samples(self) -> Any:
-        """Jitted (state, frozen, batch, key) -> rows of pictures in [-1, 1], with the averaged weights."""
+        """Jitted (state, frozen, batch, key) -> (rows of pictures in [-1, 1], scalars), with the averaged weights."""
 
-        def samples(state: TrainState, frozen: Values, batch: Mapping[str, Array], key: Array) -> list[Array]:
+        def samples(state: TrainState, frozen: Values, batch: Mapping[str, Array], key: Array):
             return self.config.task.samples(self.networks(state.ema or state.params, frozen), batch, key)
 
         return jax.jit(samples)

@@ -14,7 +14,6 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from hi3d_jax.models.lpips import LPIPS
 from hi3d_jax.models.vae import Autoencoder, AutoencoderConfig, Posterior
 from hi3d_jax.training.networks import NetworkSpec, Specs, found_in
 from hi3d_jax.training.tasks.pictures import over_white, psnr
@@ -42,12 +41,7 @@ class AutoencoderTask:
 
     def frozen(self) -> Specs:
         """The networks that are used as they are. Raises `PretrainedError`."""
-        return {self.lpips_network: self._lpips()} if self.lpips else {}
-
-    def _lpips(self) -> NetworkSpec:
-        found = found_in(self.lpips, self.lpips_network)
-        assert found.network is LPIPS
-        return found
+        return {self.lpips_network: found_in([self.lpips], self.lpips_network)} if self.lpips else {}
 
     def loss(self, networks: Mapping[str, nnx.Module], batch: Mapping[str, Array], key: Array):
         """The mean loss of `views` [b t h w 4] and its parts."""
@@ -70,10 +64,12 @@ class AutoencoderTask:
         posterior = networks["vae"].encode(images)
         return images, networks["vae"].decode(posterior.sample(noise_key)), posterior
 
-    def samples(self, networks: Mapping[str, nnx.Module], batch: Mapping[str, Array], key: Array) -> list[Array]:
-        """Rows of pictures: images, and what is left of them."""
-        images, decoded, _ = self._reconstruct(networks, batch, key)
-        return [images, decoded]
+    def samples(
+        self, networks: Mapping[str, nnx.Module], batch: Mapping[str, Array], key: Array
+    ) -> tuple[list[Array], dict[str, Array]]:
+        """Rows of pictures, and scalars: whole views, and what is left of them."""
+        images, decoded, _ = dataclasses.replace(self, crop=0)._reconstruct(networks, batch, key)
+        return [images, decoded], {"sample_psnr": psnr(decoded, images).mean()}
 
 
 def random_crops(images: Float[Array, "b h w 3"], size: int, key: Array) -> Float[Array, "b {size} {size} 3"]:
