@@ -65,6 +65,23 @@ def test_convolutions_agree_with_xla(size, stride, padding):
     np.testing.assert_allclose(conv(x), expected + conv.bias[...].reshape(1, 1, 1, 5), atol=1e-5)
 
 
+# On CPU: gathered patches, a product for each of the kernel's positions, and patches of one view after the other.
+@pytest.mark.parametrize("size", [(2, 2, 2), (9, 8, 8), (3, 16, 24)])
+def test_in_half_precision_only_the_result_is_rounded(size):
+    conv = Conv(64, 5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x, kernel = (array.astype(jnp.bfloat16) for array in (normal(*size, 64), conv.kernel[...]))
+    wide = [array.astype(jnp.float32) for array in (x, kernel)]
+    layout = ("NHWC", "HWIO", "NHWC")
+    expected, pull = jax.vjp(
+        lambda *a: lax.conv_general_dilated(*a, (1, 1), ((1, 1),) * 2, dimension_numbers=layout), *wide
+    )
+    np.testing.assert_allclose(conv(x).astype(jnp.float32), expected, rtol=2**-8, atol=1e-5)
+    slope = normal(*expected.shape, seed=3).astype(jnp.bfloat16)
+    gradient = jax.vjp(conv, x)[1](slope)[0].astype(jnp.float32)
+    # The sum over the kernel's nine positions is rounded at every one.
+    assert np.abs(gradient - pull(slope.astype(jnp.float32))[0]).max() < 0.02 * np.abs(gradient).max()
+
+
 @pytest.mark.parametrize("size", [(2, 2), (16, 16)])
 def test_the_temporal_convolution_sees_three_views_and_zeros_beyond(size):
     conv = TemporalConv(4, 6, rngs=nnx.Rngs(0))

@@ -77,7 +77,10 @@ def _attend_by_head(query: Array, key: Array, value: Array) -> Array:
             # Without batch axes, not even of size 1: XLA's CPU products would take twice as long.
             scores = lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
             weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1)
-            return weights.astype(v.dtype) @ v
+            out = lax.dot_general(
+                weights.astype(v.dtype), v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            )
+            return out.astype(v.dtype)
 
         return _over_queries(block_fn, q, CPU_BLOCK)
 
