@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from hi3d_jax.cli.orbit_defaults import ORBIT_FOV_DEG, ORBIT_RADIUS
 from hi3d_jax.cli.output import Output, OutputError, prepare_output
+
+if TYPE_CHECKING:
+    from hi3d_jax.evaluation.scoring import Scoring
+    from hi3d_jax.evaluation.tables import Row
 
 ByProtocol = Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 256 for syncdreamer)")]
 Metrics = Annotated[
@@ -85,30 +89,29 @@ class Evaluate:
     """Continue the run that FOLDER holds."""
 
     def run(self) -> None:
-        self._check()
         prepare_output(self.output, self.resume, self.results)
-        from hi3d_jax.evaluation.results import pair_up
-        from hi3d_jax.evaluation.runs import score_all
-        from hi3d_jax.evaluation.scoring import score_asset, score_mesh, score_views
         from hi3d_jax.evaluation.tables import as_markdown, summarise, summary_cells
 
-        truth = None if self.protocol == "self-consistency" else self.truth
-        pairs = pair_up(self.results, truth, self.what, self.layout, self.split, self.allow_missing)
-        scoring, score = self.scoring(), {"views": score_views, "meshes": score_mesh, "asset": score_asset}[self.what]
-        about = {"what": self.what, **self.about(scoring)}
-        rows = score_all(
-            pairs,
-            lambda result: score(result, scoring),
-            self.output,
-            f"{self.what}: {self.protocol}",
-            about,
-            self.resume,
-        )
+        rows = self.score()
         print(as_markdown(summary_cells(summarise(rows))))
         print(f"{self.output / 'report.html'}")
         failed = [row for row in rows if row.error]
         if failed:
             raise UnscoredError(f"{len(failed)} of {len(rows)} could not be scored, the first: {failed[0].error}")
+
+    def score(self) -> list[Row]:
+        """Scores everything and writes tables and report. Raises `OutputError` and `EvaluationError`."""
+        self._check()
+        from hi3d_jax.evaluation.results import pair_up
+        from hi3d_jax.evaluation.runs import score_all
+        from hi3d_jax.evaluation.scoring import score_asset, score_mesh, score_views
+
+        truth = None if self.protocol == "self-consistency" else self.truth
+        pairs = pair_up(self.results, truth, self.what, self.layout, self.split, self.allow_missing)
+        scoring, score = self.scoring(), {"views": score_views, "meshes": score_mesh, "asset": score_asset}[self.what]
+        about = {"what": self.what, **self.about(scoring)}
+        title = f"{self.what}, {self.protocol}"
+        return score_all(pairs, lambda result: score(result, scoring), self.output, title, about, self.resume)
 
     def _check(self) -> None:
         alone = self.protocol == "self-consistency"
@@ -119,7 +122,7 @@ class Evaluate:
         if self.truth is not None and alone:
             raise OutputError("self-consistency looks at no truth; leave TRUTH out")
 
-    def scoring(self):
+    def scoring(self) -> Scoring:
         """The settings as evaluation wants them, with what it takes from other parts of the package."""
         from hi3d_jax.data import load_object
         from hi3d_jax.evaluation.perceptual import view_metrics
@@ -141,7 +144,7 @@ class Evaluate:
             light=self.light,
         )
 
-    def about(self, scoring) -> dict:
+    def about(self, scoring: Scoring) -> dict:
         """What decides the scores, for the report and for resuming."""
         from importlib.metadata import version
 
