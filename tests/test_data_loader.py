@@ -124,6 +124,7 @@ def test_categories_are_drawn_as_their_power_says(orbits):
 
 
 def test_validation_is_in_order_and_always_the_same(orbits):
+    assert next(open_batches(orbits, small(batch_size=1), seed=0, shuffle=False))["keys"].tolist() == ["thing0/0"]
     batches = take(open_batches(orbits, small(coarse=CoarseConfig()), seed=0, shuffle=False), 6)
     assert [key for batch in batches[:3] for key in batch["keys"]] == list(orbits.index_of_key)
     assert_same(batches[:3], batches[3:])

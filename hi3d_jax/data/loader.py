@@ -126,10 +126,13 @@ def open_batches(
 
 def _positions(lines: list[dict], config: LoaderConfig, seed: int, shuffle: bool) -> grain.MapDataset:
     """The endless sequence of (record, seed of its random choices)."""
+    # Endless for a trainer; grain's own endless repetition overflows with batches of one.
+    epochs = (1 << 48) // len(lines)
+    records = grain.MapDataset.range(len(lines)).seed(seed)
     if not shuffle:
-        return grain.MapDataset.range(len(lines)).map(lambda index: (index, index)).repeat()
+        return records.map(lambda index: (index, index)).repeat(epochs)
     if config.category_power == 1:
-        return grain.MapDataset.range(len(lines)).seed(seed).shuffle().repeat().random_map(_with_seed)
+        return records.shuffle().repeat(epochs).random_map(_with_seed)
     names, category = np.unique([line.get("category", "") for line in lines], return_inverse=True)
     members = [np.flatnonzero(category == number) for number in range(len(names))]
     weights = np.array([len(group) for group in members], np.float64) ** config.category_power
@@ -139,7 +142,7 @@ def _positions(lines: list[dict], config: LoaderConfig, seed: int, shuffle: bool
         group = members[min(int(np.searchsorted(limits, rng.random(), side="right")), len(members) - 1)]
         return _with_seed(int(group[rng.integers(len(group))]), rng)
 
-    return grain.MapDataset.range(len(lines)).repeat().seed(seed).random_map(draw)
+    return records.repeat(epochs).random_map(draw)
 
 
 def _with_seed(index: int, rng: np.random.Generator) -> tuple[int, int]:
