@@ -70,13 +70,10 @@ def read_orbit(
     fields): any number of views from any pinhole cameras, in a world where `up` points up. Raises `OrbitError`,
     `ImageError` or `CameraError`.
     """
-    path = Path(path)
-    camera_file = _camera_file(path)
-    if camera_file is not None:
-        frames, cameras = read_posed_frames(camera_file)
+    frames, cameras = read_views(path)
+    if cameras is not None:
         cameras = camera_files.turned_to_z_up(cameras) if up == "y" else cameras
     else:
-        frames = read_frames(path)
         count, height, width = frames.shape[:3]
         if count != num_views:
             raise OrbitError(
@@ -94,7 +91,7 @@ def read_views(path: str | Path) -> tuple[Float[np.ndarray, "t h w 4"], Cameras 
     Raises `OrbitError`, `ImageError` or `CameraError`.
     """
     camera_file = _camera_file(Path(path))
-    return (read_frames(path), None) if camera_file is None else _read_posed(camera_file)
+    return (read_frames(path), None) if camera_file is None else read_posed_frames(camera_file)
 
 
 def _camera_file(path: Path) -> Path | None:

@@ -22,15 +22,27 @@ from tyro.conf import subcommand
 from hi3d_jax.cli.compiled_programs import keep_compiled_programs
 from hi3d_jax.cli.doctor import Doctor
 from hi3d_jax.cli.evaluate import Evaluate
-from hi3d_jax.cli.output import explained
+from hi3d_jax.cli.output import explained, plain_warnings
 from hi3d_jax.cli.reconstruct import Reconstruct
+from hi3d_jax.cli.refine import Refine
 from hi3d_jax.cli.render import Render
+from hi3d_jax.cli.views import Views
+from hi3d_jax.cli.warmup import Warmup
 
-COMMANDS: dict[str, type] = {"reconstruct": Reconstruct, "render": Render, "evaluate": Evaluate, "doctor": Doctor}
+COMMANDS: dict[str, type] = {
+    "views": Views,
+    "refine": Refine,
+    "reconstruct": Reconstruct,
+    "render": Render,
+    "evaluate": Evaluate,
+    "warmup": Warmup,
+    "doctor": Doctor,
+}
 
-DESCRIPTION = """Hi3D in JAX: from views of one object to a textured mesh.
+DESCRIPTION = """Hi3D in JAX: from one image to views all around the object, and from views to a textured mesh.
 
 examples:
+  hi3d views photo.png -o out --model models/hi3d && hi3d refine out -o refined --model models/hi3d
   hi3d reconstruct orbit.mp4 -o out
   hi3d render example -o rocket_orbit && hi3d reconstruct rocket_orbit -o rocket
 
@@ -50,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = tyro.cli(_any_command(), prog="hi3d", description=DESCRIPTION, args=argv)
     keep_compiled_programs()
     try:
-        command.run()
+        with plain_warnings():
+            command.run()
     except KeyboardInterrupt:
         print(f"hi3d: interrupted{way_back(command)}", file=sys.stderr)
         return 130

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +53,15 @@ def prepare_output(folder: Path, resume: bool, source: Path) -> None:
 
 def _holds_run(folder: Path) -> bool:
     return (folder / "run.json").exists()
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Shows what the library warns of in one line each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"hi3d: warning: {message}", file=sys.stderr)
+        yield
 
 
 def explained(error: Exception) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +23,7 @@ from hi3d_jax.stages.model import StageModel
 from hi3d_jax.stages.multiview import multiview
 from hi3d_jax.stages.recipe import Recipe, RecipeError
 from hi3d_jax.stages.refine import refine
+from hi3d_jax.stages.run_record import FILE_NAME as RUN_FILE
 from hi3d_jax.stages.run_record import RunRecord
 from hi3d_jax.stages.steps import Steps
 from hi3d_jax.video import Orbit
@@ -214,11 +215,24 @@ class _Run:
             self.record.write()
 
 
+def open_stage(source: str | Path, stage: Literal[1, 2], **settings: Any) -> StageModel:
+    """The model of one stage of a source (see `Hi3DPipeline.from_pretrained`), the other stage untouched."""
+    folders = stage_folders(source)
+    fitting = [folder for folder in folders if Recipe.of(folder).stage == stage]
+    return StageModel((fitting or folders)[0], stage, **settings)
+
+
 def stage_folders(source: str | Path) -> list[str | Path]:
     """The folders of stages that a source stands for: itself, or its stage1/ and stage2/."""
     folder = Path(source)
     inner = [folder / name for name in STAGE_FOLDERS if (folder / name / "config.json").exists()]
     return inner if inner and not (folder / "config.json").exists() else [source]
+
+
+def input_of(orbit: Path) -> Path | None:
+    """The picture that a run of `Hi3DPipeline` was given, as it wrote it beside its orbit or its orbits' folders."""
+    found = [folder / INPUT_FILE for folder in (orbit, orbit.parent) if (folder / RUN_FILE).exists()]
+    return next((path for path in found if path.exists()), None)
 
 
 def cut_out(image: str | Path | Float[np.ndarray, "h w c"], matting: Matting = "auto") -> Float[np.ndarray, "h w 4"]:

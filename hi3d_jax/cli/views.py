@@ -1,0 +1,77 @@
+"""`hi3d views`: one image becomes the views of an orbit (stage 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from hi3d_jax.cli.models import ByRecipe, Dtype, Model, chosen_dtype
+from hi3d_jax.cli.output import Output, prepare_output
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """Draw the object of an image from all around (stage 1 of the paper).
+
+    IMAGE is a still picture of one object, upright, not cut off at the border; view 0 of the orbit is the image
+    itself, the camera then moves to its own right.
+
+    examples:
+      hi3d views photo.png -o out --model models/hi3d
+      hi3d views photo.png -o out --model models/hi3d --elevation-deg 20 --num-variants 4
+      hi3d views photo.png -o out --model models/hi3d --num-steps 10 --preview-every 2     # a first look
+      hi3d refine out -o refined --model models/hi3d && hi3d reconstruct refined -o mesh
+      hi3d views photo.png -o out --model models/hi3d --resume       # after Ctrl-C or a full disk
+
+    FOLDER will hold contact_sheet.png (look at this first), orbit.mp4, views/ and cameras.json (with several variants:
+    in variant_0/, variant_1/, ...), input.png, what the model was shown, and run.json, with settings, versions, time
+    and memory of each step.
+    """
+
+    image: Annotated[Positional[Path], arg(metavar="IMAGE")]
+    """PNG, JPEG, WebP, TIFF, BMP or GIF of any size and colour mode."""
+    output: Output
+    """New folder for the results."""
+    model: Model
+    """Model folder of stage 1, or one with stage1/ in it, or the id of a Hugging Face repository (owner/name)."""
+    elevation_deg: float = 0.0
+    """How far above the horizon the picture was taken, in degrees."""
+    seed: int = 0
+    """The same seed gives the same views on the same machine."""
+    num_variants: int = 1
+    """How many orbits to draw; variant k of a seed is the same however many are drawn."""
+    num_steps: ByRecipe = None
+    """Sampling steps: fewer are faster and coarser."""
+    matting: Literal["auto", "alpha", "key", "rembg"] = "auto"
+    """How the object is cut out: the file's alpha, keying a plain background, rembg; auto: the first that fits."""
+    keep_framing: FlagCreatePairsOff[bool] = False
+    """Leave the object where it is in the picture, even where the model prefers it in the middle at a certain size."""
+    preview_every: int = 0
+    """Write a few views, small, every so many steps; 0: none."""
+    dtype: Dtype = "auto"
+    """What networks compute in; auto: float32 on CPU, else bfloat16."""
+    resume: FlagCreatePairsOff[bool] = False
+    """Continue the run that FOLDER holds where it was interrupted."""
+
+    def run(self) -> None:
+        prepare_output(self.output, self.resume, self.image)
+        from hi3d_jax.stages.pipeline import Hi3DPipeline, Options, open_stage
+
+        generator = open_stage(self.model, 1, dtype=chosen_dtype(self.dtype))
+        variants = Hi3DPipeline(generator)(
+            self.image,
+            self.output,
+            elevation_deg=self.elevation_deg,
+            seed=self.seed,
+            num_variants=self.num_variants,
+            num_steps=self.num_steps,
+            matting=self.matting,
+            keep_framing=self.keep_framing,
+            options=Options(resume=self.resume, preview_every=self.preview_every),
+        )
+        size = generator.recipe.image_size
+        orbits = f"{len(variants)} orbits" if len(variants) > 1 else "an orbit"
+        print(f"{self.output}: {orbits} of {len(variants[0].coarse)} views, {size} x {size} pixels")
