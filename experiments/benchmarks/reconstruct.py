@@ -2,11 +2,16 @@
 
     python experiments/benchmarks/reconstruct.py ../shared/objects --split val --out results.jsonl
     python experiments/benchmarks/reconstruct.py ../shared/objects --num-interpolated 0 --out results_m0.jsonl
+    python experiments/benchmarks/reconstruct.py ../shared/evaluation/chicken --out chicken.jsonl
 
 Ground truth: 16 views at 256 pixels, elevation 20 degrees, softly lit by lamps that stand still in the world; true
 cameras and masks. Splats are scored on 16 views halfway between. One line of JSON per object, so a run that is
-stopped goes on where it was; the table is printed at the end. An object that leaves the frame is used as it is: what no
-view shows of it is not carved, and it counts like the others except in the mean over watertight objects in frame.
+stopped goes on where it was; the table is printed at the end.
+
+From the orbit's radius of 1.5 some objects leave the frame (those whose bounding box is nearly a cube: only its longest
+side is 1). Cameras then stand further back, at the smallest radius in steps of .05 from which every view holds the
+whole object; each row states its `radius`. A folder with gt/ and mesh.obj is a case of SyncDreamer's benchmark, used
+with its own pictures and cameras (elevation 30, radius 1.5).
 """
 
 from __future__ import annotations
@@ -20,27 +25,45 @@ from pathlib import Path
 import numpy as np
 
 from hi3d_jax import splatting, visual_hull
+from hi3d_jax.cameras import ORBIT_RADIUS, orbit, project
 from hi3d_jax.cli.compiled_programs import keep_compiled_programs
 from hi3d_jax.data import load_object, render_orbit
 from hi3d_jax.evaluation import psnr, strict, syncdreamer
-from hi3d_jax.mesh import decimate, extract_surface
+from hi3d_jax.evaluation.protocols import syncdreamer_cameras
+from hi3d_jax.images import over_white, read_image
+from hi3d_jax.mesh import Mesh, decimate, extract_surface, is_watertight
 from hi3d_jax.stages.presets import ReconstructConfig
-from hi3d_jax.stages.reconstruct import reconstruct
+from hi3d_jax.stages.reconstruct import Reconstruction, reconstruct
 from hi3d_jax.video import Orbit
 
 SIZE, ELEVATION_DEG = 256, 20.0
 HALFWAY_DEG = (np.arange(16) + 0.5) * 22.5
+# Pixels that stay empty around an object, and how far cameras step back to keep them so.
+FRAME_MARGIN, RADIUS_STEP = 4, 0.05
 
 
-def hull_mesh(orbit: Orbit, resolution: int = 128):
+def holding_radius(truth: Mesh) -> float:
+    """The smallest radius, from the paper's on, from which the views and those halfway hold the whole object."""
+    vertices = truth.vertices[np.unique(truth.faces)]
+    radius = ORBIT_RADIUS
+    while True:
+        cameras = orbit(np.arange(32) * 11.25, ELEVATION_DEG, radius, width=SIZE)
+        pixels, depths = project(vertices, cameras)
+        if (depths > 0).all() and (np.abs(pixels - SIZE / 2) <= SIZE / 2 - FRAME_MARGIN).all():
+            return radius
+        radius = round(radius + RADIUS_STEP, 2)
+
+
+def hull_mesh(views: Orbit, resolution: int = 128) -> Mesh:
     """The baseline: the surface of the visual hull."""
-    hull = visual_hull.carve(orbit.alphas, orbit.cameras, resolution)
+    hull = visual_hull.carve(views.alphas, views.cameras, resolution)
     return decimate(extract_surface(hull.sample, hull.lower, hull.upper, resolution), 20_000)
 
 
-def heldout_psnr(gaussians, truth) -> float:
+def heldout_psnr(gaussians, truth: Mesh, radius: float) -> float:
     """Mean PSNR of the Gaussians on views between those they were fitted to."""
-    renders, cameras = render_orbit(truth, azimuths_deg=HALFWAY_DEG, elevation_deg=ELEVATION_DEG, width=SIZE)
+    views = {"azimuths_deg": HALFWAY_DEG, "elevation_deg": ELEVATION_DEG, "radius": radius}
+    renders, cameras = render_orbit(truth, **views, width=SIZE)
     drawn = [
         np.clip(splatting.render(gaussians, w2c, K, SIZE, SIZE).colour, 0, 1)
         for w2c, K in zip(cameras.w2c, cameras.K, strict=True)
@@ -59,23 +82,37 @@ def surface_scores(mesh, truth) -> dict[str, float]:
 def score_object(path: Path, config: ReconstructConfig) -> dict:
     """One object, reconstructed from its true views."""
     truth = load_object(path)
-    renders, cameras = render_orbit(truth, elevation_deg=ELEVATION_DEG, width=SIZE)
-    orbit = Orbit(renders.views, renders.alphas, cameras)
+    radius = holding_radius(truth)
+    renders, cameras = render_orbit(truth, elevation_deg=ELEVATION_DEG, radius=radius, width=SIZE)
+    made, row = score_orbit(Orbit(renders.views, renders.alphas, cameras), truth, config)
+    if made.gaussians is not None:
+        row["heldout_psnr"] = heldout_psnr(made.gaussians, truth, radius)
+    return {"radius": radius} | row
+
+
+def score_case(folder: Path, config: ReconstructConfig) -> dict:
+    """One case of SyncDreamer's benchmark: gt/*.png and a scan that stands in their frame once turned about z."""
+    pictures = np.stack([read_image(path) for path in sorted((folder / "gt").glob("[0-9][0-9][0-9].png"))])
+    scan = load_object(folder / "mesh.obj")
+    turned = np.stack([-scan.vertices[:, 1], scan.vertices[:, 0], scan.vertices[:, 2]], axis=1)
+    views = Orbit(np.stack([over_white(picture) for picture in pictures]), pictures[..., 3], syncdreamer_cameras())
+    return score_orbit(views, Mesh(turned, scan.faces), config)[1]
+
+
+def score_orbit(views: Orbit, truth: Mesh, config: ReconstructConfig) -> tuple[Reconstruction, dict]:
+    """What is made of the views, and how near it comes to the truth."""
     started = time.perf_counter()
-    made = reconstruct(orbit, None, config, progress=False)
-    row = {
+    made = reconstruct(views, None, config, progress=False)
+    return made, {
         "seconds": time.perf_counter() - started,
         "steps": made.seconds,
         "view_psnr": made.scores.psnr,
         "silhouette_iou": made.scores.silhouette_iou,
         "watertight": bool(made.report.watertight),
-        "leaves_frame": any(visual_hull.touches_border(alpha) for alpha in orbit.alphas),
+        "genus": made.report.genus,
         "mesh": surface_scores(made.mesh, truth),
-        "hull": surface_scores(hull_mesh(orbit), truth),
+        "hull": surface_scores(hull_mesh(views), truth),
     }
-    if made.gaussians is not None:
-        row["heldout_psnr"] = heldout_psnr(made.gaussians, truth)
-    return row
 
 
 def table(rows: list[dict]) -> str:
@@ -86,10 +123,11 @@ def table(rows: list[dict]) -> str:
         better = mesh < hull if "chamfer" in name else mesh > hull
         numbers = [f"{values.mean():.4f} ({np.median(values):.4f})" for values in (mesh, hull)]
         lines.append(f"| {name} | {numbers[0]} | {numbers[1]} | {better.sum()} of {len(rows)} |")
-    closed = [row for row in rows if row["truth_watertight"] and not row["leaves_frame"]]
-    if closed:
-        numbers = [np.mean([row[kind]["syncdreamer_iou"] for row in closed]) for kind in ("mesh", "hull")]
-        lines.append(f"| syncdreamer_iou, {len(closed)} watertight in frame | {numbers[0]:.4f} | {numbers[1]:.4f} | |")
+    closed = [row for row in rows if row["truth_watertight"]]
+    for name, some in (("", closed), (" at radius 1.5", [row for row in closed if row.get("radius") == ORBIT_RADIUS])):
+        if some:
+            numbers = [np.mean([row[kind]["syncdreamer_iou"] for row in some]) for kind in ("mesh", "hull")]
+            lines.append(f"| syncdreamer_iou, {len(some)} watertight{name} | {numbers[0]:.4f} | {numbers[1]:.4f} | |")
     for name in ("heldout_psnr", "view_psnr", "silhouette_iou", "seconds"):
         values = np.array([row[name] for row in rows if name in row])
         if len(values):
@@ -98,11 +136,22 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def entries_of(folder: Path, split: str, ids: list[str] | None) -> list[dict]:
+    """Lines of the folder's manifest.jsonl (id, file, split, watertight), or the folder itself as a single case."""
+    if (folder / "mesh.obj").is_file():
+        return [
+            {"id": folder.resolve().name, "file": ".", "watertight": is_watertight(load_object(folder / "mesh.obj"))}
+        ]
+    entries = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if (entry["id"] in ids if ids else entry["split"] == split)]
+
+
 def main() -> None:
-    """Reads the folder's manifest.jsonl (id, file, split, watertight), reconstructs, prints the table."""
+    """Reconstructs, scores, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder with manifest.jsonl and GLB files")
+    parser.add_argument("folder", type=Path, help="folder with manifest.jsonl and GLB files, or with gt/ and mesh.obj")
     parser.add_argument("--split", default="val")
+    parser.add_argument("--ids", nargs="+", help="only these objects, of any split")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one per object; continued if it exists")
     parser.add_argument("--quality", default="draft", choices=("draft", "standard", "full"))
     parser.add_argument("--num-interpolated", type=int, default=16, help="M of the paper; 0: no splats")
@@ -110,14 +159,13 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_compiled_programs()
     config = ReconstructConfig.preset(arguments.quality, num_interpolated=arguments.num_interpolated)
-    manifest = [json.loads(line) for line in (arguments.folder / "manifest.jsonl").read_text().splitlines()]
-    entries = [entry for entry in manifest if entry["split"] == arguments.split][: arguments.limit]
     rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
-    for entry in entries:
+    for entry in entries_of(arguments.folder, arguments.split, arguments.ids)[: arguments.limit]:
         if any(row["id"] == entry["id"] for row in rows):
             continue
         row = {"id": entry["id"], "truth_watertight": entry["watertight"]}
-        row |= score_object(arguments.folder / entry["file"], config)
+        path = arguments.folder / entry["file"]
+        row |= score_case(path, config) if path.is_dir() else score_object(path, config)
         rows.append(row)
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
