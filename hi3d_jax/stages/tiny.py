@@ -9,6 +9,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -69,10 +71,10 @@ def write_tiny_model(folder: str | Path, recipe: Recipe, seed: int = 0) -> None:
     """
     generator = np.random.default_rng(seed)
 
-    def values(path: str, spec: Any) -> np.ndarray:
+    def values(path: str, spec: Any) -> jax.Array:
         # Half of what keeps the variance of a sum of as many inputs; scales of norms are around 1.
         spread = 0.5 / np.sqrt(max(int(np.prod(spec.shape[:-1])), 1)) if len(spec.shape) > 1 else 0.1
-        return (spread * generator.normal(size=spec.shape) + path.endswith("scale")).astype(np.float32)
+        return jnp.asarray(spread * generator.normal(size=spec.shape) + path.endswith("scale"), jnp.float32)
 
     networks = {
         name: with_parameters(abstract_network(cls, config), values)
