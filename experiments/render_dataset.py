@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from hi3d_jax.data.dataset import RenderSettings, finish, finished, make_plan
+from hi3d_jax.data.dataset import RenderSettings, finish, make_plan, missing_shards
 from hi3d_jax.data.record_folder import verify
 from hi3d_jax.data.runners import run_processes, run_ray
 
@@ -57,7 +57,7 @@ def render(arguments: Arguments) -> None:
     if arguments.output is None:
         raise ValueError("give the folder to write to: -o FOLDER")
     plan = make_plan(arguments.output, arguments.source, arguments.render, split=arguments.split, limit=arguments.limit)
-    missing = sorted(set(range(len(plan.shards))) - finished(arguments.output, plan))
+    missing = missing_shards(arguments.output, plan)
     if arguments.runner == "ray":
         results = run_ray(arguments.output, plan, missing, arguments.workers, arguments.ray_address)
     else:

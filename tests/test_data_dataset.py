@@ -14,7 +14,7 @@ import trimesh
 
 from hi3d_jax.cameras import orbit
 from hi3d_jax.data import dataset
-from hi3d_jax.data.dataset import RenderSettings, finish, finished, make_plan, render_shard
+from hi3d_jax.data.dataset import RenderSettings, finish, make_plan, missing_shards, render_shard
 from hi3d_jax.data.record_folder import RecordFolder, verify
 from hi3d_jax.data.records import RecordError, units_to_depth
 from hi3d_jax.data.render import load_object
@@ -39,8 +39,7 @@ def objects(tmp_path_factory):
 
 def render_all(folder, objects, settings=SETTINGS, workers=1):
     plan = make_plan(folder, str(objects), settings)
-    missing = sorted(set(range(len(plan.shards))) - finished(folder, plan))
-    done = [shard for shard, _ in run_processes(folder, plan, missing, workers)]
+    done = [shard for shard, _ in run_processes(folder, plan, missing_shards(folder, plan), workers)]
     return finish(folder, plan), done
 
 

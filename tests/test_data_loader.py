@@ -12,7 +12,8 @@ from hi3d_jax.data.loader import (
     resized_views,
 )
 from hi3d_jax.data.record_folder import RecordFolder, RecordList
-from hi3d_jax.data.records import OrbitRecord, RecordError, write_records
+from hi3d_jax.data.records import OrbitRecord, RecordError
+from hi3d_jax.data.shards import write_records
 
 NUM_VIEWS, SIZE = 6, 16
 # Nine of one kind, two of another, one of a third.

@@ -7,7 +7,8 @@ import pytest
 
 from hi3d_jax.data import records
 from hi3d_jax.data.record_folder import RecordFolder, RecordList, verify
-from hi3d_jax.data.records import OrbitRecord, RecordError, decode, encode, write_records
+from hi3d_jax.data.records import OrbitRecord, RecordError, decode, encode
+from hi3d_jax.data.shards import write_records
 
 
 def make_record(number, num_views=3, size=12):

@@ -23,7 +23,8 @@ from hi3d_jax.data import example_mesh, render_orbit
 from hi3d_jax.data.degrade import Degradation
 from hi3d_jax.data.loader import CoarseConfig, LoaderConfig, open_batches
 from hi3d_jax.data.record_folder import RecordFolder, RecordList
-from hi3d_jax.data.records import OrbitRecord, depth_to_units, encode, write_records
+from hi3d_jax.data.records import OrbitRecord, depth_to_units, encode
+from hi3d_jax.data.shards import write_records
 
 NUM_VIEWS, LATENT_FACTOR = 16, 8
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -24,8 +23,8 @@ import numpy as np
 from hi3d_jax import images
 from hi3d_jax.atomic import written_aside
 from hi3d_jax.cameras import ORBIT_FOV_DEG, ORBIT_NUM_VIEWS, ORBIT_RADIUS, CameraError
-from hi3d_jax.data import records
-from hi3d_jax.data.records import OrbitRecord, RecordError
+from hi3d_jax.data import shards
+from hi3d_jax.data.records import OrbitRecord, RecordError, depth_to_units
 from hi3d_jax.data.render import load_object, render_orbit
 from hi3d_jax.data.sources import Asset, find_assets, opened_asset
 from hi3d_jax.mesh import Mesh, MeshError
@@ -89,8 +88,8 @@ class Plan:
 
     def to_json(self) -> dict:
         """As plain values; what two equal plans have in common."""
-        shards = [[dataclasses.asdict(asset) for asset in shard] for shard in self.shards]
-        return json.loads(json.dumps({"settings": dataclasses.asdict(self.settings), "shards": shards}))
+        assets = [[dataclasses.asdict(asset) for asset in shard] for shard in self.shards]
+        return json.loads(json.dumps({"settings": dataclasses.asdict(self.settings), "shards": assets}))
 
 
 def make_plan(
@@ -105,90 +104,47 @@ def make_plan(
     # Shuffled, so that every shard has a bit of everything and takes about as long.
     order = np.random.default_rng(settings.seed).permutation(len(assets))
     step = settings.check().assets_per_shard
-    shards = tuple(tuple(assets[i] for i in order[start : start + step]) for start in range(0, len(assets), step))
-    plan = Plan(settings, shards)
-    path = folder / "plan.json"
-    if path.is_file():
-        _check_same(json.loads(path.read_text()), plan.to_json(), folder)
-        return plan
-    if folder.is_dir() and any(folder.iterdir()):
-        raise RecordError(f"{folder} holds other files; give a new or empty folder")
-    (folder / "shards").mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(plan.to_json(), indent=1))
+    parts = tuple(tuple(assets[i] for i in order[start : start + step]) for start in range(0, len(assets), step))
+    plan = Plan(settings, parts)
+    before = shards.begin(folder, plan.to_json())
+    if before is not None:
+        _check_same(before, plan.to_json(), folder)
     return plan
 
 
-def _check_same(old: dict, new: dict, folder: Path) -> None:
-    changed = [name for name, value in new["settings"].items() if old["settings"].get(name) != value]
-    if changed:
-        was = {name: old["settings"].get(name) for name in changed}
-        now = {name: new["settings"][name] for name in changed}
-        raise RecordError(f"{folder} was begun with {was}, not {now}; use the same settings, or a new folder")
-    if old["shards"] != new["shards"]:
-        counts = [sum(map(len, plan["shards"])) for plan in (old, new)]
+def _check_same(before: dict, now: dict, folder: Path) -> None:
+    shards.check_settings(folder, before["settings"], now["settings"])
+    if before["shards"] != now["shards"]:
+        counts = [sum(map(len, plan["shards"])) for plan in (before, now)]
         raise RecordError(
             f"{folder} was begun with other objects ({counts[0]} then, {counts[1]} now); restore the source, or use a "
             "new folder"
         )
 
 
-def shard_name(shard: int) -> str:
-    """The file name of a shard."""
-    return f"{shard:05d}.array_record"
+def missing_shards(folder: str | Path, plan: Plan) -> list[int]:
+    """The shards that are still to be rendered."""
+    return [shard for shard in range(len(plan.shards)) if shards.read_note(folder, shard) is None]
 
 
-def finished(folder: str | Path, plan: Plan) -> set[int]:
-    """The shards that are there, whole and with their note."""
-    shards = Path(folder) / "shards"
-    done = set()
-    for shard in range(len(plan.shards)):
-        note = _note(shards, shard)
-        if note is not None and (not note["shard"] or _size(shards / shard_name(shard)) == note["shard"]["bytes"]):
-            done.add(shard)
-    return done
+def render_shard(folder: str | Path, plan: Plan, shard: int) -> dict:
+    """Renders one shard of the plan; returns its note: file, records and what was skipped."""
+    deaths = shards.shard_path(folder, shard, ".deaths")
+    skipped: list[dict] = []
 
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
-
-
-def _note(shards: Path, shard: int) -> dict | None:
-    path = shards / f"{shard:05d}.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def render_shard(folder: str | Path, plan: Plan, shard: int, on_asset: Callable[[Asset], None] | None = None) -> dict:
-    """Renders one shard of the plan into `folder/shards`; returns its note: file, records and what was skipped."""
-    shards = Path(folder) / "shards"
-    lines, skipped = [], []
-
-    def encoded() -> Iterator[bytes]:
+    def rendered() -> Iterator[OrbitRecord]:
         for asset in plan.shards[shard]:
-            if on_asset is not None:
-                on_asset(asset)
             try:
-                with _blame(shards / f"{shard:05d}.deaths", asset):
+                with _blame(deaths, asset):
                     orbits = list(render_asset(asset, plan.settings))
             except (MeshError, CameraError, images.ImageError, MemoryError, OSError) as error:
                 reason = str(error) or "not enough memory to render it"
                 skipped.append({"id": asset.id, "file": asset.path, "reason": reason})
                 continue
-            for record in orbits:
-                lines.append(records.manifest_line(record))
-                yield records.encode(record)
+            yield from orbits
 
-    entry = records.write_shard(shards / shard_name(shard), encoded())
-    if not entry["records"]:
-        (shards / shard_name(shard)).unlink()
-        entry = None
-    note = {"shard": entry, "lines": lines, "skipped": skipped}
-    with written_aside(shards / f"{shard:05d}.json") as aside:
-        aside.write_text(json.dumps(note, ensure_ascii=False))
-    (shards / f"{shard:05d}.deaths").unlink(missing_ok=True)
+    note = shards.write_shard(folder, shard, rendered(), skipped)
+    deaths.unlink(missing_ok=True)
     return note
 
 
@@ -215,7 +171,7 @@ def render_asset(asset: Asset, settings: RenderSettings) -> Iterator[OrbitRecord
     """The orbits of one asset. Raises `MeshError` for what cannot be read or shows nothing."""
     with opened_asset(asset) as path:
         mesh = load_object(path)
-        digest = records.sha256(path)
+        digest = shards.sha256(path)
     about = {**asset.about, "object_id": asset.id, "object_sha256": digest}
     elevations = settings.elevations_deg or (None,) * settings.orbits
     for orbit, given in enumerate(elevations):
@@ -247,7 +203,7 @@ def _orbit_record(
     return OrbitRecord(
         key,
         views=images.to_bytes(np.stack(straight)),
-        depths=records.depth_to_units(renders.depths) if settings.depths else None,
+        depths=depth_to_units(renders.depths) if settings.depths else None,
         elevation_deg=float(elevation_deg),
         azimuth_deg=float(azimuth_deg),
         radius=settings.radius,
@@ -261,21 +217,7 @@ def finish(folder: str | Path, plan: Plan) -> dict:
 
     Raises `RecordError` where shards are missing or nothing could be rendered.
     """
-    folder = Path(folder)
-    notes = [_note(folder / "shards", shard) for shard in range(len(plan.shards))]
-    missing = [shard_name(shard) for shard, note in enumerate(notes) if note is None]
-    if missing:
-        raise RecordError(f"{folder} lacks {len(missing)} shards ({missing[0]}, ...); run the same command again")
-    skipped = [line for note in notes for line in note["skipped"]]
-    with written_aside(folder / "skipped.jsonl") as aside:
-        aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped))
-    entries = [note["shard"] for note in notes if note["shard"]]
-    if not entries:
-        raise RecordError(f"none of the {len(skipped)} objects could be rendered; {folder / 'skipped.jsonl'} says why")
-    lines = [line for note in notes for line in note["lines"]]
-    records.write_manifest(folder, plan.to_json()["settings"], entries, lines)
-    digest = hashlib.sha256("".join(entry["sha256"] for entry in entries).encode()).hexdigest()
-    return {"records": len(lines), "shards": len(entries), "skipped": len(skipped), "sha256": digest}
+    return shards.finish(folder, plan.to_json()["settings"], len(plan.shards))
 
 
 def terminate_with_parent() -> None:

@@ -1,4 +1,4 @@
-"""Random access to a data set's records (the layout is in records.py), for grain and for looking at them."""
+"""Random access to a data set's records (shards.py tells of its files), for grain and for looking at them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from array_record.python import array_record_module
 
-from hi3d_jax.data.records import OrbitRecord, RecordError, Select, decode, manifest_line, sha256
+from hi3d_jax.data.records import OrbitRecord, RecordError, Select, decode, manifest_line
+from hi3d_jax.data.shards import FORMAT, sha256
 
 
 class RecordFolder:
@@ -96,8 +97,8 @@ def _read_manifest(folder: Path) -> dict:
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise RecordError(f"{path} is damaged ({error}); render the data set again") from error
-    if manifest.get("format") != 1:
-        raise RecordError(f"{path} is of format {manifest.get('format')!r}, this version reads 1; render it again")
+    if manifest.get("format") != FORMAT:
+        raise RecordError(f"{path} is of format {manifest.get('format')!r}, not {FORMAT}; render it again")
     return manifest
 
 

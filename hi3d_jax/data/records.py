@@ -1,7 +1,5 @@
-"""Orbits as records: what a rendered data set is made of on disk.
+"""Orbits as records: what a data set is made of on disk (its files are in shards.py).
 
-A data set is a folder: `shards/NNNNN.array_record` (array_record files), `manifest.json` (the settings it was made
-with, and size and SHA-256 of every shard) and `manifest.jsonl` (one line per record, in the order of the shards).
 A record is one orbit. Nothing in it is executed on reading (msgpack, WebP, PNG and raw numbers; no pickle), and its
 head holds a checksum of the rest, so that damage is an error that names the record.
 
@@ -22,26 +20,19 @@ All but `key` may be missing: a data set of cached latents or of stage 1's outpu
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
-import json
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import msgpack
 import numpy as np
-from array_record.python import array_record_module
 from jaxtyping import UInt8, UInt16
 from PIL import Image
 
-from hi3d_jax.atomic import written_aside
 from hi3d_jax.data.render import DEPTH_UNITS
 
 MAGIC = b"hi3d\x01"
 CHECKSUM_BYTES = 4
-# Views and depths are compressed already, and every record is read alone.
-WRITER_OPTIONS = "group_size:1,uncompressed"
 # Lossless; the effort is a tenth of the time that rendering a view takes, and the files are a third below PNG's.
 WEBP = {"format": "WEBP", "lossless": True, "exact": True, "quality": 50, "method": 2}
 MAX_PIXELS = 1 << 26
@@ -197,54 +188,3 @@ def _unpacked_array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
 def manifest_line(record: OrbitRecord) -> dict:
     """What manifest.jsonl says of a record: enough to choose records without opening the shards."""
     return {"key": record.key, "elevation_deg": record.elevation_deg, "azimuth_deg": record.azimuth_deg, **record.about}
-
-
-def write_shard(path: str | Path, records: Iterable[bytes]) -> dict:
-    """Writes encoded records as one shard, whole or not at all; returns its file name, records, bytes and SHA-256."""
-    path = Path(path)
-    count = 0
-    with written_aside(path) as aside:
-        writer = array_record_module.ArrayRecordWriter(str(aside), WRITER_OPTIONS)
-        try:
-            for record in records:
-                writer.write(record)
-                count += 1
-        finally:
-            writer.close()
-        entry = {"file": path.name, "records": count, "bytes": aside.stat().st_size, "sha256": sha256(aside)}
-    return entry
-
-
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_manifest(folder: str | Path, settings: dict, shards: list[dict], lines: list[dict]) -> None:
-    """Makes the written shards a data set: manifest.jsonl, then manifest.json, whose presence says it is complete."""
-    folder = Path(folder)
-    with written_aside(folder / "manifest.jsonl") as aside:
-        aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    with written_aside(folder / "manifest.json") as aside:
-        aside.write_text(json.dumps({"format": 1, "settings": settings, "shards": shards}, indent=1) + "\n")
-
-
-def write_records(folder: str | Path, records: Iterable[OrbitRecord], settings: dict, per_shard: int = 64) -> None:
-    """Writes a whole data set from records in hand, `per_shard` in a shard."""
-    folder = Path(folder)
-    (folder / "shards").mkdir(parents=True, exist_ok=True)
-    shards, lines, batch = [], [], []
-
-    def flush():
-        if batch:
-            shards.append(write_shard(folder / "shards" / f"{len(shards):05d}.array_record", batch))
-            batch.clear()
-
-    for record in records:
-        lines.append(manifest_line(record))
-        batch.append(encode(record))
-        if len(batch) == per_shard:
-            flush()
-    flush()
-    write_manifest(folder, settings, shards, lines)
