@@ -46,7 +46,9 @@ class DegradationRound:
 class Degradation:
     """All choices; the defaults are the released training's (configs/train_realesrnet_x4plus.yml)."""
 
+    # The first round.
     first: DegradationRound = DegradationRound()
+    # The second round, in the middle of which the views shrink.
     second: DegradationRound = DegradationRound(
         blur=0.8,
         kernel=KernelConfig(sigma=(0.2, 1.5)),

@@ -26,13 +26,21 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 class CLIPVisionConfig:
     """Size of a visual tower; images are squares of `image_size` pixels cut in patches of `patch_size`."""
 
+    # Side of the images in pixels.
     image_size: int = 224
+    # Side of a patch in pixels.
     patch_size: int = 14
+    # Numbers per token.
     width: int = 1280
+    # Hidden width of the layers between attentions.
     mlp_width: int = 5120
+    # Transformer blocks.
     num_layers: int = 32
+    # Attention heads of each block.
     num_heads: int = 16
+    # Numbers of the embedding: the U-Net's context_dim.
     projection_dim: int = 1024
+    # Nonlinearity of the layers between attentions.
     activation: Literal["gelu", "quick_gelu"] = "gelu"
 
     @classmethod

@@ -26,18 +26,29 @@ STRIDE = 16
 class DPTConfig:
     """Sizes of DPT-hybrid; `image_size` is that of training, which the position embedding's grid belongs to."""
 
+    # Side of the training images in pixels.
     image_size: int = 384
+    # Channels of the ResNet's first convolution.
     stem_width: int = 64
+    # Channels of the ResNet's three stages.
     stage_widths: tuple[int, int, int] = (256, 512, 1024)
+    # Residual blocks of the ResNet's three stages.
     stage_depths: tuple[int, int, int] = (3, 4, 9)
+    # Numbers per token of the transformer.
     width: int = 768
+    # Hidden width of the layers between attentions.
     mlp_width: int = 3072
+    # Transformer blocks.
     num_layers: int = 12
+    # Attention heads of each block.
     num_heads: int = 12
     # The blocks (counted from 0) whose tokens the decoder reads, and the widths it gives them.
     tap_layers: tuple[int, int] = (8, 11)
+    # Channels that the decoder gives those two.
     tap_widths: tuple[int, int] = (768, 768)
+    # Channels of the decoder.
     fusion_width: int = 256
+    # Channels before the disparity.
     head_width: int = 32
     # 1e-6 in dpt_hybrid_384.pt; the transformers folder of the same weights states its own.
     layer_norm_epsilon: float = 1e-6

@@ -24,20 +24,28 @@ from hi3d_jax.models.unet_blocks import REMAT_POLICIES, BlockConfig, DownBlock, 
 class UNetConfig:
     """Sizes of a spatio-temporal U-Net; the defaults are SVD's. Tuples have one entry per resolution, finest first."""
 
+    # Channels of the noisy latents and the conditions behind them.
     in_channels: int = 8
+    # Channels of the latents.
     out_channels: int = 4
     # Width of the added embedding: 256 for each scalar condition.
     vector_dim: int = 768
     # Width of the image token.
     context_dim: int = 1024
+    # Channels at each resolution.
     block_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    # Attention heads at each resolution.
     num_heads: tuple[int, ...] = (5, 10, 20, 20)
+    # Whether each resolution has transformers.
     attention: tuple[bool, ...] = (True, True, True, False)
+    # Residual blocks of the encoder at each resolution; the decoder has one more.
     layers_per_block: int = 2
+    # Transformer blocks over pixels, and as many over views, behind each residual block.
     transformer_layers: int = 1
     # Of the group norms in residual blocks. The checkpoints were trained with 1e-5; diffusers' port has 1e-6 in the
     # down blocks with attention and in all up blocks, which moves the output by 2e-5 of its scale.
     epsilon: float = 1e-5
+    # The same for down blocks with attention and for all up blocks.
     attention_down_and_up_epsilon: float = 1e-5
     # What the backward pass recomputes: "none", "block" (all but blocks' inputs) or "products" (all but those and
     # matrix products).

@@ -42,9 +42,13 @@ MakeResnet = Callable[[int, int], nnx.Module]
 class AutoencoderConfig:
     """Sizes of the image autoencoder; the defaults are Stable Diffusion's. `block_channels` is finest first."""
 
+    # Colours.
     image_channels: int = 3
+    # Numbers per latent cell.
     latent_channels: int = 4
+    # Channels at each resolution; each but the last halves the image's sides.
     block_channels: tuple[int, ...] = (128, 256, 512, 512)
+    # Residual blocks of the encoder at each resolution; the decoder has one more.
     layers_per_block: int = 2
     # One over the standard deviation of the latents.
     scaling_factor: float = 0.18215

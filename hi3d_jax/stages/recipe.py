@@ -26,8 +26,11 @@ class RecipeError(ValueError):
 class Dropping:
     """How often training leaves each condition out, so that guidance has something to compare with."""
 
+    # Share of videos without the image token.
     image_token: float = 0.1
+    # Share of videos, or of views, without image or coarse latents.
     latents: float = 0.1
+    # Share of videos, or of views, without depth.
     depth: float = 0.0
     # True: each view loses its latents or its depth by itself; False: all views of a video together.
     per_view: bool = False
@@ -41,6 +44,7 @@ class Recipe:
     name: str
     stage: Literal[1, 2]
 
+    # Views of an orbit.
     num_views: int = ORBIT_NUM_VIEWS
     # Width and height of the views.
     image_size: int = 512
@@ -63,10 +67,15 @@ class Recipe:
     # Standard deviation of the noise on the pictures (in [-1, 1]) that conditions come from, when sampling.
     cond_aug: float = 0.02
 
+    # Euler steps, or Heun's, which are twice the work.
     sampler: Literal["euler", "heun"] = "euler"
+    # Steps of the sampler.
     num_steps: int = 25
+    # Lowest noise level before the last step.
     sigma_min: float = 0.002
+    # Noise level that sampling starts from.
     sigma_max: float = 700.0
+    # The noise levels are evenly spaced in sigma^(1/rho).
     rho: float = 7.0
     # Guidance scale of the first and of the last view; linear in between.
     guidance: tuple[float, float] = (1.0, 2.5)
