@@ -3,7 +3,8 @@
 Paper section 4.2 with the `paper` recipe at small size. The image encoder, a vision transformer of CLIP's architecture,
 learns with the U-Net.
 
-    python experiments/train.py --config=stage1_tiny --task.networks AUTOENCODER_FOLDER --data.folder=DATASET
+    python experiments/train.py --config=stage1_tiny --task.networks AUTOENCODER_FOLDER --data.folder=DATASET \\
+        --data.validation_folder=DATASET2
 """
 
 import dataclasses
@@ -13,10 +14,6 @@ from hi3d_jax.models.unet import UNetConfig
 from hi3d_jax.stages.recipe import Recipe
 from hi3d_jax.training.config import CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
 from hi3d_jax.training.tasks import StageTask
-
-IMAGE_ENCODER = CLIPVisionConfig(
-    image_size=64, patch_size=8, width=128, mlp_width=512, num_layers=3, num_heads=4, projection_dim=128
-)
 
 
 def get_config() -> TrainConfig:
@@ -31,13 +28,15 @@ def get_config() -> TrainConfig:
                 attention=(True, True, False),
                 layers_per_block=1,
             ),
-            image_encoder=IMAGE_ENCODER,
             networks=("weights/autoencoder_tiny",),
+            image_encoder=CLIPVisionConfig(
+                image_size=64, patch_size=8, width=128, mlp_width=512, num_layers=3, num_heads=4, projection_dim=128
+            ),
         ),
         folder="runs/stage1_tiny",
         steps=60_000,
         data=DataConfig(batch_size=4, image_size=128, category_power=0.5),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=500, ema_decay=0.9995, weight_decay=0.01),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=500, ema_decay=0.9995),
         checkpoint=CheckpointConfig(every_steps=500),
         log=LogConfig(every_steps=25, samples_every_steps=1000, samples=2, validate_every_steps=1000),
     )

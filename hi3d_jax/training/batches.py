@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import grain
 import jax
 import numpy as np
@@ -26,7 +28,8 @@ def validation_batches(config: TrainConfig) -> grain.DatasetIterator[Batch]:
 
 
 def _open(config: TrainConfig, folder: str, shuffle: bool) -> grain.DatasetIterator[Batch]:
-    data = config.data
+    # Validation is short and opened often: not worth starting processes for.
+    data = config.data if shuffle else dataclasses.replace(config.data, workers=0)
     return open_batches(
         RecordList([example_orbit(index, data) for index in range(EXAMPLE_ORBITS)])
         if folder == EXAMPLE

@@ -52,9 +52,11 @@ class OptimizerConfig:
     decay_steps: int = 0
     # Learning rate at the end of the decay, as a fraction of the peak.
     final_fraction: float = 0.0
-    # Decay rates of the two moments' averages.
+    # Decay rate of the first moment's average.
     b1: float = 0.9
+    # The same for the second moment.
     b2: float = 0.999
+    # Added to the root of the second moment.
     epsilon: float = 1e-8
     # Decoupled weight decay.
     weight_decay: float = 0.01
@@ -102,15 +104,19 @@ class DataConfig(LoaderConfig):
 class MeshConfig:
     """How devices are arranged: batches are split over data and fsdp, parameters over fsdp and tensor."""
 
-    # Devices along each axis; one of the three may be -1: all that are left.
+    # Devices over which batches are split; one of the three may be -1: all that are left.
     data: int = -1
+    # Devices over which parameters and batches are split.
     fsdp: int = 1
+    # Devices over which parameters are split by channels.
     tensor: int = 1
     # Whether this is one of several processes that train together (jax.distributed).
     distributed: bool = False
-    # host:port of process 0, the number of processes and this one's number; where the cluster tells them, leave these.
+    # host:port of process 0; where the cluster tells it, leave this and the next two.
     coordinator: str = ""
+    # The number of processes.
     num_processes: int = 0
+    # This process's number, from 0.
     process_id: int = 0
 
 
@@ -173,12 +179,19 @@ class TrainConfig:
     start: str = ""
     # What networks compute in; weights and optimiser stay float32.
     precision: Literal["float32", "bfloat16"] = "float32"
+    # Where batches come from and what they hold.
     data: DataConfig = DataConfig()
+    # AdamW and its schedule.
     optimizer: OptimizerConfig = OptimizerConfig()
+    # Low-rank updates instead of whole networks.
     lora: LoRAConfig = LoRAConfig()
+    # How devices are arranged.
     mesh: MeshConfig = MeshConfig()
+    # When the run is saved and what is kept.
     checkpoint: CheckpointConfig = CheckpointConfig()
+    # What can be watched.
     log: LogConfig = LogConfig()
+    # What happens to steps gone wrong.
     guard: GuardConfig = GuardConfig()
 
     def __post_init__(self):

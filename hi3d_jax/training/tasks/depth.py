@@ -28,6 +28,7 @@ GRADIENT_SCALES = 4
 class DepthTask:
     """Learn disparity of single views; the data need depths."""
 
+    # Sizes of the depth network.
     depth: DPTConfig = DPTConfig()
     # Depth of the background, in longest sides of the object: beyond the farthest corner at distance 1.5.
     far: float = 2.4

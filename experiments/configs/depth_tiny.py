@@ -1,0 +1,37 @@
+"""hi3d-tiny's depth network: disparity of single views, learnt from rendered depths.
+
+MiDaS's loss (Ranftl et al. 2020) and DPT-hybrid's architecture (Ranftl et al. 2021) at small size. Views are 96 pixels
+wide: what the second stage shows it of its 256.
+
+    python experiments/train.py --config=depth_tiny --data.folder=DATASET --data.validation_folder=DATASET2
+"""
+
+from hi3d_jax.models.depth_backbone import DPTConfig
+from hi3d_jax.training.config import CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
+from hi3d_jax.training.tasks import DepthTask
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        task=DepthTask(
+            depth=DPTConfig(
+                image_size=96,
+                stem_width=32,
+                stage_widths=(128, 128, 256),
+                stage_depths=(1, 1, 2),
+                width=96,
+                mlp_width=384,
+                num_layers=4,
+                num_heads=3,
+                tap_layers=(1, 3),
+                tap_widths=(64, 64),
+                fusion_width=64,
+            )
+        ),
+        folder="runs/depth_tiny",
+        steps=20_000,
+        data=DataConfig(batch_size=8, num_views=2, image_size=96, category_power=0.5, depths=True),
+        optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=200, ema_decay=0.999),
+        checkpoint=CheckpointConfig(every_steps=500),
+        log=LogConfig(every_steps=25, samples_every_steps=500, validate_every_steps=500),
+    )

@@ -1,0 +1,40 @@
+"""hi3d-tiny's second stage: coarse views at 256 x 256 pixels become finer ones, learnt from scratch.
+
+Paper section 4.3 with the `paper` recipe at small size: the depth of the coarse views is a condition, and coarse views
+are degraded true ones, mixed with outputs of stage 1 where `data.stage1_folder` has some.
+
+    python experiments/train.py --config=stage2_tiny --task.networks STAGE1_FOLDER DEPTH_FOLDER --data.folder=DATASET \\
+        --data.validation_folder=DATASET2
+"""
+
+import dataclasses
+
+from hi3d_jax.data.loader import CoarseConfig
+from hi3d_jax.models.unet import UNetConfig
+from hi3d_jax.stages.recipe import Recipe
+from hi3d_jax.training.config import CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
+from hi3d_jax.training.tasks import StageTask
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        task=StageTask(
+            recipe=dataclasses.replace(Recipe.paper(2), image_size=256),
+            unet=UNetConfig(
+                in_channels=9,
+                vector_dim=512,
+                context_dim=128,
+                block_channels=(32, 64, 64),
+                num_heads=(1, 2, 2),
+                attention=(False, True, True),
+                layers_per_block=1,
+            ),
+            networks=("weights/stage1_tiny", "weights/depth_tiny"),
+        ),
+        folder="runs/stage2_tiny",
+        steps=20_000,
+        data=DataConfig(batch_size=2, image_size=256, category_power=0.5, coarse=CoarseConfig()),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=500, ema_decay=0.9995),
+        checkpoint=CheckpointConfig(every_steps=250),
+        log=LogConfig(every_steps=25, samples_every_steps=500, samples=1, validate_every_steps=500),
+    )
