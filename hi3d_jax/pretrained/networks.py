@@ -6,6 +6,7 @@ converters' tables and in sharding rules.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -26,6 +27,7 @@ NETWORK_MODULES = {
     "AestheticPredictor": "hi3d_jax.models.aesthetic",
     "LPIPS": "hi3d_jax.models.lpips",
     "DISTS": "hi3d_jax.models.dists",
+    "RRDBNet": "hi3d_jax.models.rrdb",
 }
 
 
@@ -44,7 +46,13 @@ def config_class(network: type[nnx.Module]) -> type:
 
 def abstract_network(network: type[nnx.Module], config: Any, **dtypes: Any) -> nnx.Module:
     """The network without its weights: every parameter is a ShapeDtypeStruct, and nothing is allocated."""
-    return nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0), **dtypes))
+    return nnx.merge(*_traced(network, config, tuple(sorted(dtypes.items()))))
+
+
+@functools.cache
+def _traced(network: type[nnx.Module], config: Any, dtypes: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]:
+    """A network's structure and its parameters' shapes: tracing a U-Net takes a second, and programs ask repeatedly."""
+    return nnx.split(nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0), **dict(dtypes))))
 
 
 def parameters(network: nnx.Module) -> dict[str, Any]:

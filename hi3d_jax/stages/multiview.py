@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ from jaxtyping import UInt8
 from hi3d_jax.stages.conditioning import encode
 from hi3d_jax.stages.framing import to_network
 from hi3d_jax.stages.model import StageModel, Watch, random_key
-from hi3d_jax.stages.recipe import Recipe, RecipeError
+from hi3d_jax.stages.recipe import RecipeError
 
 
 def multiview(
@@ -31,11 +30,10 @@ def multiview(
     """The orbit whose view 0 is `image`, from `framing.frame_image`, seen from `elevation_deg`.
 
     The same seed and variant give the same views on the same device; variants of a seed are independent draws. See
-    `sampling.sample` for `progress`, `kept` and `watch`. Warns of elevations that training did not show. Raises
-    `StageError` where numbers stop being finite, `RecipeError` for an image of another size.
+    `sampling.sample` for `progress`, `kept` and `watch`. Raises `StageError` where numbers stop being
+    finite, `RecipeError` for an image of another size.
     """
     recipe = model.recipe
-    check_elevation(recipe, elevation_deg)
     size = recipe.image_size
     if image.shape != (size, size, 3):
         raise RecipeError(f"{model.name} takes an image of {size} x {size} pixels, not {image.shape}: use frame_image")
@@ -50,17 +48,3 @@ def multiview(
     noise = jax.random.normal(noise_key, model.programs["denoise_step"].inputs[0].shape)
     latents = model.sample(parts, noise, num_steps=num_steps, progress=progress, kept=kept, watch=watch)
     return model.decode(latents)
-
-
-def check_elevation(recipe: Recipe, elevation_deg: float) -> None:
-    """Warns where training showed no such views. Raises `RecipeError` for what is no elevation."""
-    if not -90 <= elevation_deg <= 90:
-        raise RecipeError(f"elevation {elevation_deg} is outside -90 to 90 degrees")
-    low, high = recipe.elevation_range_deg
-    if not low <= elevation_deg <= high:
-        trained = ", ".join(f"{value:g}" for value in recipe.elevations_deg or ())
-        warnings.warn(
-            f"elevation {elevation_deg:g} is outside what this model was trained on, {low:g} to {high:g} degrees"
-            f"{f' ({trained})' if trained else ''}; expect distorted views",
-            stacklevel=3,
-        )

@@ -22,7 +22,7 @@ from hi3d_jax.stages.framing import frame_image, resize_view
 from hi3d_jax.stages.model import StageModel
 from hi3d_jax.stages.multiview import multiview
 from hi3d_jax.stages.recipe import Recipe, RecipeError
-from hi3d_jax.stages.refine import refine
+from hi3d_jax.stages.refine import check_count, refine
 from hi3d_jax.stages.run_record import FILE_NAME as RUN_FILE
 from hi3d_jax.stages.run_record import RunRecord
 from hi3d_jax.stages.steps import Steps
@@ -107,6 +107,7 @@ class Hi3DPipeline:
         if num_variants < 1:
             raise RecipeError(f"{num_variants} variants: ask for at least 1")
         options = Options() if options is None else options
+        check_elevation(self.generator.recipe, elevation_deg)
         cut = cut_out(image, matting)
         output = None if output is None else Path(output)
         request = self._request(cut, elevation_deg, seed, num_steps, keep_framing) | {"num_variants": num_variants}
@@ -159,6 +160,8 @@ class Hi3DPipeline:
         else:
             elevation_deg = common_elevation(cameras)
             cameras = cameras.resized(size, size)
+        check_elevation(recipe, elevation_deg)
+        check_count(self.refiner, len(views))
         coarse = np.stack([to_bytes(_on_white(view)) for view in views])
         first = None if image is None else to_bytes(_on_white(_read(image)))
         request = self._request(coarse if first is None else np.append(coarse, first), elevation_deg, seed, num_steps)
@@ -247,6 +250,20 @@ def cut_out(image: str | Path | Float[np.ndarray, "h w c"], matting: Matting = "
             stacklevel=3,
         )
     return cut
+
+
+def check_elevation(recipe: Recipe, elevation_deg: float) -> None:
+    """Warns where training showed no such views. Raises `RecipeError` for what is no elevation."""
+    if not -90 <= elevation_deg <= 90:
+        raise RecipeError(f"elevation {elevation_deg} is outside -90 to 90 degrees")
+    low, high = recipe.elevation_range_deg
+    if not low <= elevation_deg <= high:
+        trained = ", ".join(f"{value:g}" for value in recipe.elevations_deg or ())
+        warnings.warn(
+            f"elevation {elevation_deg:g} is outside what this model was trained on, {low:g} to {high:g} degrees"
+            f"{f' ({trained})' if trained else ''}; expect distorted views",
+            stacklevel=3,
+        )
 
 
 def common_elevation(cameras: Cameras) -> float:

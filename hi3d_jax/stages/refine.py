@@ -12,7 +12,6 @@ from jaxtyping import UInt8
 from hi3d_jax.stages.conditioning import encode
 from hi3d_jax.stages.framing import resize_view, to_network
 from hi3d_jax.stages.model import StageModel, Watch, draw_latents, random_key
-from hi3d_jax.stages.multiview import check_elevation
 from hi3d_jax.stages.recipe import RecipeError
 
 
@@ -34,13 +33,8 @@ def refine(
     Without `image`, view 0 of `coarse` stands for it. Otherwise as `multiview`.
     """
     recipe = model.recipe
-    check_elevation(recipe, elevation_deg)
     size = recipe.image_size
-    if len(coarse) != recipe.num_views:
-        raise RecipeError(
-            f"{model.name} refines orbits of {recipe.num_views} views and got {len(coarse)}; give all views of an "
-            f"orbit with {recipe.num_views} of them"
-        )
+    check_count(model, len(coarse))
     views = np.stack([resize_view(view, size, size, recipe) for view in coarse])
     image = views[0] if image is None else image
     if image.shape != (size, size, 3):
@@ -63,3 +57,13 @@ def refine(
     noise = jax.random.normal(noise_key, model.programs["denoise_step"].inputs[0].shape)
     refined = model.sample(parts, noise, latents, num_steps=num_steps, progress=progress, kept=kept, watch=watch)
     return model.decode(refined)
+
+
+def check_count(model: StageModel, count: int) -> None:
+    """Raises `RecipeError` for orbits with another number of views than the model draws."""
+    expected = model.recipe.num_views
+    if count != expected:
+        raise RecipeError(
+            f"{model.name} refines orbits of {expected} views and got {count}; give all views of an orbit with "
+            f"{expected} of them"
+        )
