@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from hi3d_jax import diffusion
@@ -22,6 +23,7 @@ from hi3d_jax.pretrained import abstract_network, from_pretrained, read_networks
 from hi3d_jax.stages import conditioning
 from hi3d_jax.stages.checks import StageError
 from hi3d_jax.stages.conditioning import ConditionParts, Encoders
+from hi3d_jax.stages.devices import parameter_sharding, placed
 from hi3d_jax.stages.programs import (
     ONE_BY_ONE,
     PREVIEW_SHRINK,
@@ -48,6 +50,7 @@ class StageModel:
     """The model of one stage. Raises `PretrainedError` or `RecipeError` for a folder that holds no such model.
 
     `stage` is the one that the folder must be of. `keep_loaded` keeps networks on their device once they were needed.
+    `device_mesh`, from `devices.make_device_mesh`, shares out each picture over several devices.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class StageModel:
         dtype: Any = None,
         chunking: Chunking = ONE_BY_ONE,
         keep_loaded: bool = False,
+        device_mesh: Mesh | None = None,
     ):
         self.source = source
         self.recipe = Recipe.of(source, stage)
@@ -76,7 +80,15 @@ class StageModel:
         }
         check_fit(source, self.recipe, networks)
         self.scaling_factor = networks["vae"].config.scaling_factor
+        if device_mesh is not None:
+            # A view per device at least, or some would stand idle.
+            views = (max(at_once, device_mesh.size) for at_once in (chunking.encode_views, chunking.decode_views))
+            chunking = Chunking(*views, chunking.split_guidance)
         self.programs = make_programs(self.recipe, networks, chunking)
+        self.sharding = None
+        if device_mesh is not None:
+            self.programs = {name: placed(program, device_mesh) for name, program in self.programs.items()}
+            self.sharding = parameter_sharding(device_mesh)
         self._kept: dict[str, Any] = {}
 
     @property
@@ -89,7 +101,7 @@ class StageModel:
         """`program` with its networks' parameters on the device while the context lasts."""
         fresh = [name for name in program.networks if name not in self._kept]
         for name in fresh:
-            self._kept[name] = nnx.split(from_pretrained(self.source, name, dtype=self.dtype))[1]
+            self._kept[name] = nnx.split(self._load(name))[1]
         params = tuple(self._kept[name] for name in program.networks)
         # Several networks were split as one tuple.
         joined = (
@@ -104,6 +116,9 @@ class StageModel:
                 for name in fresh:
                     for array in jax.tree.leaves(self._kept.pop(name)):
                         array.delete()
+
+    def _load(self, name: str) -> nnx.Module:
+        return from_pretrained(self.source, name, dtype=self.dtype, sharding=self.sharding)
 
     def run(self, name: str, images: Float[Array | np.ndarray, "n h w c"]) -> Any:
         """The program `name` over all pictures, as many at a time as it was made for."""

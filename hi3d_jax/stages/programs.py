@@ -80,7 +80,7 @@ def decode(graphdef: Any, params: Any, latents: Float[Array, "t h w c"]) -> Floa
 class Program:
     """One compiled function: `function(graphdef, params, *inputs, **options)` of one network, or of several as a tuple.
 
-    `params` and `inputs` have ShapeDtypeStructs as leaves.
+    `params` and `inputs` have ShapeDtypeStructs as leaves, with shardings where it is placed on several devices.
     """
 
     function: Any
@@ -92,11 +92,17 @@ class Program:
 
     def __call__(self, params: Any, *inputs: Any) -> Any:
         """Runs it, compiling it the first time."""
+        if isinstance(getattr(self.inputs[0], "sharding", None), jax.sharding.NamedSharding):
+            inputs = jax.device_put(inputs, jax.tree.map(lambda spec: spec.sharding, self.inputs))
         return self.function(self.graphdef, params, *inputs, **self.options)
 
+    def trace(self) -> Any:
+        """Its jaxpr, for the default device or for those that its arguments are placed on; `lower()` goes on."""
+        return self.function.trace(self.graphdef, self.params, *self.inputs, **self.options)
+
     def lower(self) -> Any:
-        """The program for the default device, ready to be compiled."""
-        return self.function.lower(self.graphdef, self.params, *self.inputs, **self.options)
+        """The program ready to be compiled."""
+        return self.trace().lower()
 
 
 def make_programs(

@@ -1,0 +1,152 @@
+"""Compiles full-size programs for TPUs that are not there: python experiments/compile_for_tpu.py --config=stage1
+
+XLA's TPU compiler runs on any machine (`pip install -e ".[tpu]"`). What it says is exact: bytes that each device holds,
+and whether they fit. `--mode=sample` compiles one step of sampling as the pipeline runs it (both halves of the
+guidance, 16 views, the step). Seconds are floors: arithmetic at the chip's peak rate, or each byte of the parameters
+once over its memory bus, whichever is longer.
+
+    python experiments/compile_for_tpu.py --config=stage1 --topology=v5e:2x2 --devices=1
+    python experiments/compile_for_tpu.py --config=stage2 --topology=v5e:2x4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    # Run as a file, Python looks beside it for modules, where ours would hide packages of the same names.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    # The compiler must neither look for a TPU nor ask the cloud about one.
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+
+from hi3d_jax.models.aesthetic import AestheticConfig, AestheticPredictor
+from hi3d_jax.models.clip import CLIPVision, CLIPVisionConfig
+from hi3d_jax.models.depth import DPT, DPTConfig
+from hi3d_jax.models.flops import count_flops
+from hi3d_jax.models.unet import UNet, UNetConfig
+from hi3d_jax.models.vae import Autoencoder, AutoencoderConfig
+from hi3d_jax.pretrained import abstract_network
+from hi3d_jax.stages.devices import make_device_mesh, placed
+from hi3d_jax.stages.programs import Chunking, Program, make_programs
+from hi3d_jax.stages.recipe import Recipe
+from hi3d_jax.stages.tiny import tiny_networks
+
+
+class Chip(NamedTuple):
+    """Of one chip: bfloat16 operations per second, bytes of memory that a program may use, bytes per second from it."""
+
+    flops: float
+    memory: float
+    bandwidth: float
+
+
+# Google's published peak rates and bandwidths (cloud.google.com/tpu/docs); memory as the compiler has it.
+CHIPS = {
+    "v5e": Chip(197e12, 15.75 * 2**30, 819e9),
+    "v5p": Chip(459e12, 95.74 * 2**30, 2765e9),
+    "v6e": Chip(918e12, 31.25 * 2**30, 1640e9),
+}
+
+
+def full_networks(recipe: Recipe) -> dict[str, tuple[type[nnx.Module], Any]]:
+    """Class and config of the networks of the released models."""
+    return {
+        "unet": (UNet, UNetConfig.hi3d_stage1() if recipe.stage == 1 else UNetConfig.hi3d_stage2()),
+        "vae": (Autoencoder, AutoencoderConfig.stable_diffusion()),
+        "image_encoder": (CLIPVision, CLIPVisionConfig.vit_h_14()),
+        "depth": (DPT, DPTConfig.dpt_hybrid()),
+        "aesthetic_encoder": (CLIPVision, CLIPVisionConfig.vit_l_14()),
+        "aesthetic_predictor": (AestheticPredictor, AestheticConfig.laion()),
+    }
+
+
+def sampling_program(args: argparse.Namespace, devices: list[Any]) -> Program:
+    """The chosen program of a stage, placed on the devices."""
+    recipe = Recipe.official(1 if args.config == "stage1" else 2)
+    sizes = tiny_networks(recipe) if args.tiny else full_networks(recipe)
+    dtype = jnp.dtype(args.dtype)
+    networks = {name: abstract_network(*size, dtype=dtype, param_dtype=dtype) for name, size in sizes.items()}
+    views = args.views_at_once or len(devices)
+    program = make_programs(recipe, networks, Chunking(views, views, args.split_guidance))[args.program]
+    mesh = make_device_mesh(recipe.num_views, devices)
+    return placed(program, mesh, spread_parameters=args.spread_parameters)
+
+
+def report(chip: Chip, devices: int, flops: int, compiled: Any, seconds: float) -> dict[str, Any]:
+    """What was compiled, in numbers: bytes are of one device, seconds are floors."""
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    arithmetic = flops / devices / chip.flops
+    bus = memory.argument_size_in_bytes / chip.bandwidth
+    return {
+        "devices": devices,
+        "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 3),
+        "outputs_gib": round(memory.output_size_in_bytes / 2**30, 3),
+        "aliased_gib": round(memory.alias_size_in_bytes / 2**30, 3),
+        "temporaries_gib": round(memory.temp_size_in_bytes / 2**30, 3),
+        "code_gib": round(memory.generated_code_size_in_bytes / 2**30, 3),
+        "total_gib": round(total / 2**30, 3),
+        "memory_gib": round(chip.memory / 2**30, 2),
+        "headroom_percent": round(100 * (1 - total / chip.memory), 1),
+        "tflops": round(flops / 1e12, 2),
+        "floor_seconds": round(max(arithmetic, bus), 4),
+        "compile_seconds": round(seconds, 1),
+    }
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, choices=["stage1", "stage2"])
+    parser.add_argument("--mode", default="sample", choices=["sample"])
+    parser.add_argument("--topology", default="v5e:2x2", help="chip and slice: v5e:2x4, v5p:2x2x1, v6e:2x2, ...")
+    parser.add_argument("--devices", type=int, help="use only so many chips of the slice (there is none of a single)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--program", default="denoise_step", help="another program of the stage: decode, depth, ...")
+    parser.add_argument("--views-at-once", type=int, help="of encoders and the decoder; default: one per chip")
+    parser.add_argument("--split-guidance", action="store_true", help="the U-Net for one half after the other")
+    parser.add_argument("--spread-parameters", action="store_true", help="a part of each parameter on each chip")
+    parser.add_argument(
+        "--effort", type=float, default=-1.0, help="of the compiler's search for speed, -1 to 1; 0, its own, takes 5 x"
+    )
+    parser.add_argument("--tiny", action="store_true", help="the smallest networks, to try the command")
+    args = parser.parse_args(arguments)
+    chip = args.topology.partition(":")[0]
+    if chip not in CHIPS:
+        parser.error(f"--topology={args.topology}: the chip {chip} is unknown; there are {', '.join(CHIPS)}")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    chip = CHIPS[args.topology.partition(":")[0]]
+    try:
+        devices = list(topologies.get_topology_desc(args.topology, "tpu").devices)[: args.devices]
+        program = sampling_program(args, devices)
+        start = time.perf_counter()
+        traced = program.trace()
+        flops = count_flops(traced.jaxpr)
+        print(f"traced in {time.perf_counter() - start:.1f} s, {flops / 1e12:.2f} TFLOP; compiling", file=sys.stderr)
+        start = time.perf_counter()
+        compiled = traced.lower().compile({"exec_time_optimization_effort": args.effort})
+    except jax.errors.JaxRuntimeError as error:
+        print(f"{args.config} on {len(devices)} of {args.topology}: {error}", file=sys.stderr)
+        return 1
+    numbers = report(chip, len(devices), flops, compiled, time.perf_counter() - start)
+    print(json.dumps({"config": args.config, "mode": args.mode, "topology": args.topology, **numbers}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""One picture over several devices: the halves of the guidance and the views of the orbit are shared out.
+
+A device mesh has the axes `guidance` (the U-Net without and with conditions) and `views`. Placing a program's
+arguments is all there is to it: XLA splits the program accordingly and exchanges what views tell each other (temporal
+attention and convolution, norms over the clip). Parameters are whole on every device, or spread over all of them and
+gathered layer by layer where they would not fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hi3d_jax.stages.conditioning import Conditions
+from hi3d_jax.stages.programs import Program
+from hi3d_jax.stages.sampling import Blending, NoiseLevel, denoise_step
+
+AXES = ("guidance", "views")
+
+
+class DeviceError(ValueError):
+    """Devices that the work cannot be shared out over; the text says how many it can."""
+
+
+def make_device_mesh(num_views: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """All `devices` (those there are) as a mesh for orbits of `num_views`.
+
+    An even number gives each half of the guidance its own devices. Raises `DeviceError` where the views do not divide.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    guidance = 2 if len(devices) % 2 == 0 else 1
+    if num_views % (len(devices) // guidance):
+        possible = sorted({n * half for n in range(1, num_views + 1) if num_views % n == 0 for half in (1, 2)})
+        raise DeviceError(
+            f"{num_views} views cannot be shared out over {len(devices)} devices; use {', '.join(map(str, possible))}"
+        )
+    shape = guidance, len(devices) // guidance
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def placed(program: Program, mesh: Mesh, *, spread_parameters: bool = False) -> Program:
+    """The program with a sharding on everything that it is called with; see `parameter_sharding`."""
+    axes = _step_axes(program.inputs) if program.function is denoise_step else _pictures_axes(program.inputs, mesh)
+    inputs = jax.tree.map(
+        lambda axes, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=NamedSharding(mesh, axes)),
+        axes,
+        program.inputs,
+        is_leaf=lambda node: isinstance(node, P),
+    )
+    place = parameter_sharding(mesh, spread_parameters)
+    params = jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=place("", spec)), program.params
+    )
+    return dataclasses.replace(program, params=params, inputs=inputs)
+
+
+def parameter_sharding(mesh: Mesh, spread: bool = False) -> Callable[[str, jax.ShapeDtypeStruct], NamedSharding]:
+    """Where a parameter lives, as a function of its path and shape: whole on every device.
+
+    `spread` keeps a part of each on each device: it is split along its last axis that divides. What is small (biases,
+    norms) stays whole.
+    """
+
+    def place(path: str, spec: jax.ShapeDtypeStruct) -> NamedSharding:
+        divisible = [axis for axis, size in enumerate(spec.shape) if size % mesh.size == 0]
+        if not spread or len(spec.shape) < 2 or not divisible:
+            return NamedSharding(mesh, P())
+        return NamedSharding(mesh, P(*(None,) * divisible[-1], AXES))
+
+    return place
+
+
+def _pictures_axes(inputs: tuple[Any, ...], mesh: Mesh) -> tuple[P]:
+    """Of an encoder's or the decoder's pictures; fewer than devices, such as the input image, are seen by all."""
+    return (P(AXES) if inputs[0].shape[0] % mesh.size == 0 else P(),)
+
+
+def _step_axes(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of `sampling.denoise_step`'s inputs."""
+    latents, both = P(None, "views"), P("guidance", "views")
+    blending = None if inputs[-1] is None else Blending(latents, latents)
+    return latents, NoiseLevel(P(), P(), P()), P("views"), Conditions(P("guidance"), both, P("guidance")), blending
