@@ -58,6 +58,8 @@ class Comparison:
     """Elevation from which object files are drawn, for the baselines and where no cameras.json tells it."""
     light: Literal["unlit", "soft"] = "soft"
     """How object files are lit when they are drawn."""
+    upscaler: Literal["bicubic", "realesrgan"] | None = None
+    """Enlarge views that are smaller than --size first, instead of stage 2."""
     metrics: tuple[Literal["lpips_vgg", "lpips_alex", "dists"], ...] | None = None
     """Perceptual metrics; None: by protocol."""
     split: str | None = None
@@ -106,6 +108,7 @@ def score(name: str, folder: Path, layout: str, config: Comparison) -> list[Row]
         protocol=config.protocol,
         layout=layout,
         size=config.size,
+        upscaler=config.upscaler,
         metrics=config.metrics,
         elevation_deg=config.elevation_deg,
         light=config.light,

@@ -67,6 +67,8 @@ class Evaluate:
     """The views go round clockwise seen from above."""
     size: ByProtocol = None
     """Pixels across at which views are compared; larger ones are reduced by area means."""
+    upscaler: Literal["bicubic", "realesrgan"] | None = None
+    """Enlarge views that are smaller than --size first: baselines for stage 2 (appendix A of the paper)."""
     metrics: Metrics = None
     """Perceptual metrics beside PSNR and SSIM; `--metrics` alone: none."""
     metric_weights: Path | None = None
@@ -127,6 +129,7 @@ class Evaluate:
         from hi3d_jax.data import load_object
         from hi3d_jax.evaluation.perceptual import view_metrics
         from hi3d_jax.evaluation.scoring import Scoring
+        from hi3d_jax.stages.upscale import upscaler
 
         compares_views = self.what == "views" or (self.what == "asset" and self.truth is not None)
         wanted = compares_views and self.protocol != "self-consistency"
@@ -135,6 +138,7 @@ class Evaluate:
             load_object=load_object,
             reconstruct=reconstruct_by(self.reconstruct_by),
             metrics=view_metrics(self.protocol, self.metrics, self.metric_weights) if wanted else {},
+            upscale=upscaler(self.upscaler) if self.upscaler else None,
             layout=self.layout,
             reverse=self.reverse,
             size=256 if self.size is None and self.protocol == "syncdreamer" else self.size,
@@ -152,7 +156,8 @@ class Evaluate:
         chosen = {name: getattr(scoring, name) for name in names}
         places = {"results": str(self.results), "truth": None if self.truth is None else str(self.truth)}
         alone = {"reconstruct_by": self.reconstruct_by} if self.protocol == "self-consistency" else {}
-        return places | chosen | alone | {"metrics": list(scoring.metrics), "hi3d_jax": version("hi3d_jax")}
+        more = {"upscaler": self.upscaler} if self.upscaler else {}
+        return places | chosen | alone | more | {"metrics": list(scoring.metrics), "hi3d_jax": version("hi3d_jax")}
 
 
 def reconstruct_by(way: str):

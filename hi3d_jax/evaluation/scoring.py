@@ -1,7 +1,7 @@
 """One result against its truth: what is read, brought to one size, compared and drawn.
 
-The functions here take what other parts of the package do as functions: `load_object` (an object file, normalised) and
-`reconstruct` (an orbit's mesh), so that evaluation stays below the data and the stages.
+The functions here take what other parts of the package do as functions: `load_object` (an object file, normalised),
+`reconstruct` (an orbit's mesh) and `upscale` (larger views), so that evaluation stays below the data and the stages.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ class Scoring:
 
     `size`: views are compared at this many pixels each way, larger ones reduced to it by area means; None: as they are.
     Object files as truths are drawn by the cameras beside the views, else from `elevation_deg`, `radius`, `fov_deg`.
-    `metrics` are those beside PSNR and SSIM. `load_object` and `reconstruct`: see the head of this file.
+    `metrics` are those beside PSNR and SSIM. `upscale` enlarges views that are smaller than `size`; without it they are
+    refused. `load_object`, `reconstruct` and `upscale`: see the head of this file.
     """
 
     protocol: ProtocolName
     load_object: Callable[[Path], Mesh]
     reconstruct: Reconstruct
     metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+    upscale: Callable[[np.ndarray, int], np.ndarray] | None = None
     layout: str = "hi3d"
     reverse: bool = False
     size: int | None = None
@@ -67,7 +69,10 @@ def score_views(result: Result, scoring: Scoring) -> Scored:
     found = read_views(result.path, scoring.layout, scoring.reverse)
     if scoring.protocol == "self-consistency":
         return _agreement(result, _cut_out(found, scoring), scoring)
-    views = to_size(found.views, scoring.size, "the views")
+    views = found.views
+    if scoring.upscale is not None and scoring.size is not None and views.shape[2] < scoring.size:
+        views = scoring.upscale(views, scoring.size)
+    views = to_size(views, scoring.size, "the views")
     truth = true_views(result.truth, found, scoring, views.shape[2])
     means = view_scores(views, truth, scoring.metrics).means()
     if scoring.protocol == "strict":
