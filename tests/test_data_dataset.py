@@ -114,6 +114,7 @@ def test_an_object_that_kills_its_process_is_given_up(objects, tmp_path):
     blocks = [dataset._blame(counter, deadly) for _ in range(dataset.MAX_DEATHS)]
     for block in blocks:
         block.__enter__()
+        dataset._accused.clear()
     note = render_shard(tmp_path / "set", plan, 0)
     (reason,) = (line["reason"] for line in note["skipped"] if line["id"] == deadly.id)
     assert "ended 3 processes" in reason
@@ -174,3 +175,5 @@ def test_a_killed_worker_loses_nothing_and_changes_nothing(objects, undisturbed,
     assert "8 orbits in 8 shards, 1 objects skipped" in said
     assert undisturbed in said
     assert "skipped broken" in said
+    assert {path.suffix for path in (tmp_path / "set" / "shards").iterdir()} == {".array_record", ".json"}
+    assert not list((tmp_path / "set" / "shards").glob(".*"))

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +138,8 @@ def render_shard(folder: str | Path, plan: Plan, shard: int) -> dict:
                 with _blame(deaths, asset):
                     orbits = list(render_asset(asset, plan.settings))
             except (MeshError, CameraError, images.ImageError, MemoryError, OSError) as error:
+                if getattr(error, "errno", None) == errno.ENOSPC:
+                    raise  # the disk is full, which is not the object's fault
                 reason = str(error) or "not enough memory to render it"
                 skipped.append({"id": asset.id, "file": asset.path, "reason": reason})
                 continue
@@ -158,13 +160,27 @@ def _blame(path: Path, asset: Asset) -> Iterator[None]:
     count = deaths.get(asset.id, 0)
     if count >= MAX_DEATHS:
         raise MeshError(f"rendering it ended {count} processes (out of memory, or a crash in the ray caster)")
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps({**deaths, asset.id: count + 1}))
+    _write_deaths(path, {**deaths, asset.id: count + 1})
+    _accused[path] = deaths
     try:
         yield
     finally:
-        with written_aside(path) as aside:
-            aside.write_text(json.dumps(deaths))
+        acquit()
+
+
+# The files that accuse what this process is rendering, and what they said before.
+_accused: dict[Path, dict] = {}
+
+
+def acquit() -> None:
+    """Takes back the accusation: for processes that end because they were asked to."""
+    while _accused:
+        _write_deaths(*_accused.popitem())
+
+
+def _write_deaths(path: Path, deaths: dict) -> None:
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(deaths))
 
 
 def render_asset(asset: Asset, settings: RenderSettings) -> Iterator[OrbitRecord]:
@@ -218,14 +234,3 @@ def finish(folder: str | Path, plan: Plan) -> dict:
     Raises `RecordError` where shards are missing or nothing could be rendered.
     """
     return shards.finish(folder, plan.to_json()["settings"], len(plan.shards))
-
-
-def terminate_with_parent() -> None:
-    """Makes this process end when the one that started it ends (Linux; elsewhere it ends after its shard)."""
-    with contextlib.suppress(OSError, AttributeError, ImportError):
-        import ctypes
-        import signal
-
-        ctypes.CDLL("libc.so.6", use_errno=True).prctl(1, signal.SIGTERM)
-        if os.getppid() == 1:
-            raise SystemExit(1)

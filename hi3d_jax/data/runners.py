@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import ctypes
 import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from hi3d_jax.data.dataset import Plan, render_shard, terminate_with_parent
+from hi3d_jax.data.dataset import Plan, acquit, render_shard
 
 # Deaths of worker processes in a row, without a shard coming out, after which something else than an asset is wrong.
 MAX_BREAKS = 24
@@ -39,15 +43,35 @@ def run_processes(folder: str | Path, plan: Plan, shards: list[int], workers: in
 
 
 def _run_pool(folder, plan: Plan, shards: list[int], workers: int) -> Iterator[tuple[int, dict]]:
+    others = set(multiprocessing.active_children())
     # Not fork: JAX and Embree have threads, which a forked child does not get.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, terminate_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _prepare_worker) as pool:
         futures = {pool.submit(render_shard, str(folder), plan, shard): shard for shard in shards}
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
+        except (KeyboardInterrupt, GeneratorExit):
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    """Makes a worker end when it is told to, or when the process that started it ends (Linux)."""
+
+    def end(*_):
+        # Also the pool's way to end the others when one dies: what they render is not to blame.
+        acquit()
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):
+        parent_death_signal = 1
+        ctypes.CDLL("libc.so.6").prctl(parent_death_signal, signal.SIGTERM)
 
 
 def run_ray(

@@ -120,6 +120,8 @@ def finish(folder: str | Path, settings: dict, num_shards: int) -> dict:
     _write_lines(folder / "manifest.jsonl", lines)
     with written_aside(folder / "manifest.json") as aside:
         aside.write_text(json.dumps({"format": FORMAT, "settings": settings, "shards": entries}, indent=1) + "\n")
+    for left_over in (folder / "shards").glob(".*.part.*"):
+        left_over.unlink()
     digest = hashlib.sha256("".join(entry["sha256"] for entry in entries).encode()).hexdigest()
     return {"records": len(lines), "shards": len(entries), "skipped": len(skipped), "sha256": digest}
 

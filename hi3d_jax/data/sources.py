@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gzip
 import itertools
 import json
@@ -217,6 +218,8 @@ def _unpacked(archive: Path, folder: Path) -> Path:
         OSError,
         zlib.error,
     ) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
         raise MeshError(f"{archive} cannot be unpacked ({error}); download it again") from error
     scan = next((path.parent.parent for path in folder.rglob("meshes/model.obj")), None)
     if scan is not None:
