@@ -1,9 +1,10 @@
 """How near generated or re-rendered views come to the true ones: PSNR, SSIM, and what perceptual metrics are given.
 
 PSNR is taken per image over all pixels and then averaged, as SyncDreamer's eval_nvs.py does. `ssim` is scikit-image's
-default (uniform 7 x 7 window, sample covariance); `ssim_gaussian` is torchmetrics' default (Gaussian window of 11
-pixels, sigma 1.5, data range that of the pair), which that script calls. View 0 is the input: a method that hands it
-back has an unbounded PSNR there, so means are also given without it.
+default (uniform 7 x 7 window, sample covariance); `ssim_gaussian` is what that script calls, torchmetrics' default when
+it was written (Gaussian window of 11 pixels, sigma 1.5, data range that of the pair, mean over whole windows; since
+1.4.2 torchmetrics also counts windows mirrored at the border, which is more where the border is white). View 0 is the
+input: a method that hands it back has an unbounded PSNR there, so means are also given without it.
 """
 
 from __future__ import annotations
@@ -105,7 +106,10 @@ def ssim(image: Float[np.ndarray, "h w c"], truth: Float[np.ndarray, "h w c"]) -
 
 
 def ssim_gaussian(views: Float[np.ndarray, "t h w 3"], truth: Float[np.ndarray, "t h w 3"]) -> Float[np.ndarray, " t"]:
-    """Structural similarity as torchmetrics computes it by default, one value per view. Raises `EvaluationError`."""
+    """Structural similarity by the Gaussian window of the head of this file, one value per view.
+
+    Raises `EvaluationError` for views smaller than the window.
+    """
     if min(views.shape[1:3]) < GAUSSIAN_WINDOW:
         raise EvaluationError(f"views {views.shape}: ssim_gaussian needs {GAUSSIAN_WINDOW} pixels or more each way")
     return np.array([_gaussian_similarity(a, b) for a, b in zip(views, truth, strict=True)])
