@@ -76,7 +76,7 @@ def test_views_with_values_that_are_no_colours_are_refused():
     broken[1, 3, 3] = np.nan
     with pytest.raises(EvaluationError, match=r"views \[1\] hold NaN"):
         view_scores(broken, truth)
-    with pytest.raises(EvaluationError, match="values from .* to 25.; scale them to 0 to 1"):
+    with pytest.raises(EvaluationError, match=r"values from .* to 25\d; scale them to 0 to 1"):
         view_scores(truth, 255 * truth)
     with pytest.raises(EvaluationError, match="resize the true views to 16 x 16"):
         view_scores(truth, np.zeros((3, 32, 32, 3), np.float32))
