@@ -1,23 +1,33 @@
 """Times the data pipeline: rendering views, and examples a second that one core reads and degrades.
 
     python experiments/benchmarks/data.py [--quick] [--dataset FOLDER]
+    python experiments/benchmarks/data.py --dataset FOLDER --train autoencoder_tiny
 
 Without a data set of yours, the built-in rocket is rendered into a temporary one (a busy texture over much of the
 view: a hard case for the compression). An example is one orbit of 16 views. CPU seconds are those of one thread;
-processes multiply the rate (LoaderConfig.workers). Prints markdown tables.
+processes multiply the rate (LoaderConfig.workers). With --train, the steps of a config of experiments/configs are
+timed with the pipeline and with one batch again and again. Prints markdown tables.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+if __name__ == "__main__":
+    # Run as a file, Python looks beside it for modules; the configs are loaded by a module of the root.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import jax
 import numpy as np
 
+from experiments.train import load_config
 from hi3d_jax import images
 from hi3d_jax.data import example_mesh, render_orbit
 from hi3d_jax.data.degrade import Degradation
@@ -25,6 +35,10 @@ from hi3d_jax.data.loader import CoarseConfig, LoaderConfig, open_batches
 from hi3d_jax.data.record_folder import RecordFolder, RecordList
 from hi3d_jax.data.records import OrbitRecord, depth_to_units, encode
 from hi3d_jax.data.shards import write_records
+from hi3d_jax.training.batches import training_batches
+from hi3d_jax.training.config import TrainConfig
+from hi3d_jax.training.program import TrainProgram
+from hi3d_jax.training.sharding import make_mesh
 
 NUM_VIEWS, LATENT_FACTOR = 16, 8
 
@@ -97,14 +111,42 @@ def time_reading(orbits: RecordFolder, size: int, repeats: int) -> None:
         print(f"| {size} | {name} | {seconds:.3f} | {1 / seconds:.2f} |", flush=True)
 
 
+def time_training(config: TrainConfig, rounds: int, steps: int) -> None:
+    """Seconds a training step with and without the pipeline, in turns, so that the machine's load hits both."""
+    program = TrainProgram(config, make_mesh(config.mesh))
+    state, frozen = program.initial_state()
+    data = training_batches(config)
+    fixed = program.place_batch(next(data))
+    sources = {"one batch, again and again": lambda: fixed, "the pipeline": lambda: program.place_batch(next(data))}
+    wall: dict[str, list[float]] = {name: [] for name in sources}
+    for turn in range(rounds + 1):
+        for name, source in sources.items():
+            begin = time.perf_counter()
+            for _ in range(steps):
+                state, metrics = program.step(state, frozen, source())
+            jax.block_until_ready(metrics)
+            # The first turn compiles and fills the pipeline.
+            if turn:
+                wall[name].append((time.perf_counter() - begin) / steps)
+    print(f"\n| {config.folder}: batches from | wall s a step, median of {rounds} | least |\n| --- | --- | --- |")
+    for name, seconds in wall.items():
+        print(f"| {name} | {np.median(seconds):.3f} | {min(seconds):.3f} |")
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
     parser.add_argument("--dataset", type=Path, help="a data set of render_dataset.py, read at its own size")
+    parser.add_argument("--train", metavar="CONFIG", help="time this config's training on --dataset instead")
     arguments = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, numpy {np.__version__}")
     repeats = 3 if arguments.quick else 8
+    if arguments.train:
+        config = load_config(arguments.train)
+        data = dataclasses.replace(config.data, folder=str(arguments.dataset or config.data.folder))
+        time_training(dataclasses.replace(config, data=data), rounds=3 if arguments.quick else 7, steps=8)
+        return
     if arguments.dataset is None:
         time_rendering((128,) if arguments.quick else (128, 256, 512), 1 if arguments.quick else 3)
     print("\n| size | an example holds | CPU s an example | examples/s and core |")

@@ -28,6 +28,7 @@ import grain
 import numpy as np
 from absl import flags
 from jaxtyping import Float, UInt8, UInt16
+from PIL import Image
 
 from hi3d_jax import images
 from hi3d_jax.data.degrade import Degradation, degrade_views
@@ -211,7 +212,7 @@ class _ExampleReader:
         from_start = lambda num_views: (np.asarray(select(num_views)) - start) % num_views  # noqa: E731
         index = self._stage1.index_of_key[key]
         record = self._stage1.read(index, views=True, depths=False, arrays=(), select=from_start)
-        coarse = over_white_bytes(resized_views(record.views, self._config.image_size))
+        coarse = enlarged(over_white_bytes(record.views), self._config.image_size)
         coarse[0] = over_white_bytes(views[:1])[0]
         return coarse
 
@@ -231,6 +232,12 @@ def resized_views(views: UInt8[np.ndarray, "t h w 4"], size: int) -> UInt8[np.nd
         return _block_means(views, height // size)
     resized = [images.resize(view.astype(np.float32) / 255, size, size) for view in views]
     return images.to_bytes(np.stack(resized))
+
+
+def enlarged(views: UInt8[np.ndarray, "t h w 3"], size: int) -> UInt8[np.ndarray, "t size size 3"]:
+    """Views without alpha at another size: bilinear where they grow, area means where they shrink."""
+    method = Image.Resampling.BILINEAR if size > views.shape[1] else Image.Resampling.BOX
+    return np.stack([np.asarray(Image.fromarray(view).resize((size, size), method)) for view in views])
 
 
 def _block_means(views: UInt8[np.ndarray, "t h w 4"], factor: int) -> UInt8[np.ndarray, "t h2 w2 4"]:
