@@ -37,8 +37,9 @@ from hi3d_jax.models.flops import count_flops
 from hi3d_jax.models.unet import UNet, UNetConfig
 from hi3d_jax.models.vae import Autoencoder, AutoencoderConfig
 from hi3d_jax.pretrained import abstract_network
-from hi3d_jax.stages.devices import make_device_mesh, placed
-from hi3d_jax.stages.programs import Chunking, Program, make_programs
+from hi3d_jax.stages.devices import make_device_mesh, shared_programs
+from hi3d_jax.stages.memory import argument_bytes, program_bytes
+from hi3d_jax.stages.programs import Chunking, Program
 from hi3d_jax.stages.recipe import Recipe
 from hi3d_jax.stages.tiny import tiny_networks
 
@@ -78,31 +79,33 @@ def sampling_program(args: argparse.Namespace, devices: list[Any]) -> Program:
     dtype = jnp.dtype(args.dtype)
     networks = {name: abstract_network(*size, dtype=dtype, param_dtype=dtype) for name, size in sizes.items()}
     views = args.views_at_once or len(devices)
-    program = make_programs(recipe, networks, Chunking(views, views, args.split_guidance))[args.program]
-    mesh = make_device_mesh(recipe.num_views, devices)
-    return placed(program, mesh, spread_parameters=args.spread_parameters)
+    mesh, chunking = make_device_mesh(recipe.num_views, devices), Chunking(views, views, args.split_guidance)
+    programs = shared_programs(recipe, networks, chunking, mesh, spread_parameters=args.spread_parameters)
+    if args.program not in programs:
+        raise SystemExit(f"--program={args.program} is unknown; {args.config} has {', '.join(programs)}")
+    return programs[args.program]
 
 
-def report(chip: Chip, devices: int, flops: int, compiled: Any, seconds: float) -> dict[str, Any]:
+def report(chip: Chip, devices: int, program: Program, flops: int, compiled: Any) -> dict[str, Any]:
     """What was compiled, in numbers: bytes are of one device, seconds are floors."""
     memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total = held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    arithmetic = flops / devices / chip.flops
-    bus = memory.argument_size_in_bytes / chip.bandwidth
+    arguments, total = argument_bytes(program), program_bytes(program, compiled)
+    arithmetic, bus = flops / devices / chip.flops, memory.argument_size_in_bytes / chip.bandwidth
+    sizes = {
+        "arguments": arguments,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+        "total": total,
+        "memory": chip.memory,
+    }
     return {
         "devices": devices,
-        "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 3),
-        "outputs_gib": round(memory.output_size_in_bytes / 2**30, 3),
-        "aliased_gib": round(memory.alias_size_in_bytes / 2**30, 3),
-        "temporaries_gib": round(memory.temp_size_in_bytes / 2**30, 3),
-        "code_gib": round(memory.generated_code_size_in_bytes / 2**30, 3),
-        "total_gib": round(total / 2**30, 3),
-        "memory_gib": round(chip.memory / 2**30, 2),
+        **{f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()},
         "headroom_percent": round(100 * (1 - total / chip.memory), 1),
         "tflops": round(flops / 1e12, 2),
         "floor_seconds": round(max(arithmetic, bus), 4),
-        "compile_seconds": round(seconds, 1),
     }
 
 
@@ -143,7 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:
         print(f"{args.config} on {len(devices)} of {args.topology}: {error}", file=sys.stderr)
         return 1
-    numbers = report(chip, len(devices), flops, compiled, time.perf_counter() - start)
+    numbers = report(chip, len(devices), program, flops, compiled)
+    numbers["compile_seconds"] = round(time.perf_counter() - start, 1)
     print(json.dumps({"config": args.config, "mode": args.mode, "topology": args.topology, **numbers}), flush=True)
     return 0
 

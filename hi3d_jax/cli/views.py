@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from hi3d_jax.cli.models import ByRecipe, Dtype, Model, chosen_dtype
+from hi3d_jax.cli.models import ByRecipe, Dtype, MemoryBudget, Model, open_model
 from hi3d_jax.cli.output import Output, prepare_output
 
 
@@ -53,14 +53,19 @@ class Views:
     """Write a few views, small, every so many steps; 0: none."""
     dtype: Dtype = "auto"
     """What networks compute in; auto: float32 on CPU, else bfloat16."""
+    memory_budget: MemoryBudget = None
+    """The most memory to hold on each device, like 12GB, or auto: nine tenths of all there is. Chooses how much is done
+    at once, and bfloat16 where nothing else helps; says beforehand what will be held."""
+    num_devices: int = 1
+    """Devices that share each orbit; they must divide its views, or twice their number."""
     resume: FlagCreatePairsOff[bool] = False
     """Continue the run that FOLDER holds where it was interrupted."""
 
     def run(self) -> None:
         prepare_output(self.output, self.resume, self.image)
-        from hi3d_jax.stages.pipeline import Hi3DPipeline, Options, open_stage
+        from hi3d_jax.stages.pipeline import Hi3DPipeline, Options
 
-        generator = open_stage(self.model, 1, dtype=chosen_dtype(self.dtype))
+        generator = open_model(self.model, 1, self.dtype, self.memory_budget, self.num_devices)
         variants = Hi3DPipeline(generator)(
             self.image,
             self.output,

@@ -30,6 +30,7 @@ class Warmup:
     def run(self) -> None:
         if os.environ.get("HI3D_CACHE") == "off" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             raise OutputError("HI3D_CACHE=off keeps no compiled programs, so there is nothing to warm up; unset it")
+        from hi3d_jax.stages.memory import gigabytes, program_bytes
         from hi3d_jax.stages.model import StageModel
         from hi3d_jax.stages.pipeline import stage_folders
 
@@ -37,5 +38,5 @@ class Warmup:
             model = StageModel(folder, dtype=chosen_dtype(self.dtype))
             for name, program in model.programs.items():
                 start = time.perf_counter()
-                program.lower().compile()
-                print(f"{model.name}, {name}: {time.perf_counter() - start:.1f} s", flush=True)
+                held = gigabytes(program_bytes(program, program.lower().compile()))
+                print(f"{model.name}, {name}: {time.perf_counter() - start:.1f} s, will hold {held}", flush=True)

@@ -9,15 +9,17 @@ gathered layer by layer where they would not fit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hi3d_jax.stages.conditioning import Conditions
-from hi3d_jax.stages.programs import Program
+from hi3d_jax.stages.programs import Chunking, Program, make_programs
+from hi3d_jax.stages.recipe import Recipe
 from hi3d_jax.stages.sampling import Blending, NoiseLevel, denoise_step
 
 AXES = ("guidance", "views")
@@ -41,6 +43,22 @@ def make_device_mesh(num_views: int, devices: Sequence[Any] | None = None) -> Me
         )
     shape = guidance, len(devices) // guidance
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def shared_programs(
+    recipe: Recipe,
+    networks: Mapping[str, nnx.Module],
+    chunking: Chunking,
+    mesh: Mesh | None,
+    *,
+    spread_parameters: bool = False,
+) -> dict[str, Program]:
+    """`make_programs`, placed on the devices of `mesh` (None: on one), each of which sees at least one view."""
+    if mesh is None:
+        return make_programs(recipe, networks, chunking)
+    views = (max(at_once, mesh.size) for at_once in (chunking.encode_views, chunking.decode_views))
+    programs = make_programs(recipe, networks, Chunking(*views, chunking.split_guidance))
+    return {name: placed(each, mesh, spread_parameters=spread_parameters) for name, each in programs.items()}
 
 
 def placed(program: Program, mesh: Mesh, *, spread_parameters: bool = False) -> Program:

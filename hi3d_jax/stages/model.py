@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from hi3d_jax import diffusion
@@ -23,7 +22,8 @@ from hi3d_jax.pretrained import abstract_network, from_pretrained, read_networks
 from hi3d_jax.stages import conditioning
 from hi3d_jax.stages.checks import StageError
 from hi3d_jax.stages.conditioning import ConditionParts, Encoders
-from hi3d_jax.stages.devices import parameter_sharding, placed
+from hi3d_jax.stages.devices import make_device_mesh, parameter_sharding, shared_programs
+from hi3d_jax.stages.memory import plan_memory
 from hi3d_jax.stages.programs import (
     ONE_BY_ONE,
     PREVIEW_SHRINK,
@@ -31,7 +31,6 @@ from hi3d_jax.stages.programs import (
     Chunking,
     Program,
     concat_channels,
-    make_programs,
     vector_dim,
 )
 from hi3d_jax.stages.recipe import Recipe, RecipeError
@@ -50,7 +49,10 @@ class StageModel:
     """The model of one stage. Raises `PretrainedError` or `RecipeError` for a folder that holds no such model.
 
     `stage` is the one that the folder must be of. `keep_loaded` keeps networks on their device once they were needed.
-    `device_mesh`, from `devices.make_device_mesh`, shares out each picture over several devices.
+    Each orbit is shared out over all `devices`, if any are given (else it is made on the default one). `memory_budget`,
+    bytes on each device, chooses `chunking`, and `dtype` where none is given, so that a run stays below it;
+    `memory_plan` says how. Raises `DeviceError` where devices do not divide the views, `MemoryBudgetError` where
+    nothing fits.
     """
 
     def __init__(
@@ -61,7 +63,8 @@ class StageModel:
         dtype: Any = None,
         chunking: Chunking = ONE_BY_ONE,
         keep_loaded: bool = False,
-        device_mesh: Mesh | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        memory_budget: int | None = None,
     ):
         self.source = source
         self.recipe = Recipe.of(source, stage)
@@ -75,20 +78,20 @@ class StageModel:
                 f"(it has {', '.join(described) or 'none'})"
             )
         names = [*wanted, "conditioning_vae"] if "conditioning_vae" in described else wanted
+        sizes = {name: described[name] for name in names}
+        check_fit(source, self.recipe, {name: config for name, (_, config) in sizes.items()})
+        device_mesh = None if devices is None else make_device_mesh(self.recipe.num_views, devices)
+        self.memory_plan = None
+        if memory_budget is not None:
+            dtypes = [self.dtype] if dtype is not None else list(dict.fromkeys([self.dtype, jnp.bfloat16]))
+            self.memory_plan = plan_memory(self.recipe, sizes, memory_budget, dtypes, device_mesh)
+            self.dtype, chunking = self.memory_plan.dtype, self.memory_plan.chunking
         networks = {
-            name: abstract_network(*described[name], dtype=self.dtype, param_dtype=self.dtype) for name in names
+            name: abstract_network(*size, dtype=self.dtype, param_dtype=self.dtype) for name, size in sizes.items()
         }
-        check_fit(source, self.recipe, networks)
         self.scaling_factor = networks["vae"].config.scaling_factor
-        if device_mesh is not None:
-            # A view per device at least, or some would stand idle.
-            views = (max(at_once, device_mesh.size) for at_once in (chunking.encode_views, chunking.decode_views))
-            chunking = Chunking(*views, chunking.split_guidance)
-        self.programs = make_programs(self.recipe, networks, chunking)
-        self.sharding = None
-        if device_mesh is not None:
-            self.programs = {name: placed(program, device_mesh) for name, program in self.programs.items()}
-            self.sharding = parameter_sharding(device_mesh)
+        self.programs = shared_programs(self.recipe, networks, chunking, device_mesh)
+        self.sharding = None if device_mesh is None else parameter_sharding(device_mesh)
         self._kept: dict[str, Any] = {}
 
     @property
@@ -197,14 +200,14 @@ def needed_networks(recipe: Recipe) -> list[str]:
     return names
 
 
-def check_fit(source: str | Path, recipe: Recipe, networks: dict[str, nnx.Module]) -> None:
+def check_fit(source: str | Path, recipe: Recipe, configs: dict[str, Any]) -> None:
     """Raises `RecipeError` where networks do not have the sizes that the recipe and each other ask for."""
-    unet, vae = networks["unet"].config, networks["vae"].config
+    unet, vae = configs["unet"], configs["vae"]
     expected = {
         "in_channels": unet.out_channels + concat_channels(recipe, vae.latent_channels),
         "out_channels": vae.latent_channels,
         "vector_dim": vector_dim(recipe),
-        "context_dim": networks["image_encoder"].config.projection_dim,
+        "context_dim": configs["image_encoder"].projection_dim,
     }
     for field, value in expected.items():
         if getattr(unet, field) != value:

@@ -45,8 +45,8 @@ def test_an_orbit_over_eight_devices_is_that_of_one(tmp_path, quick):
     folder = model_folder(tmp_path / "stage1", 1)
     image = np.random.default_rng(0).integers(0, 255, (SIZES[1], SIZES[1], 3), np.uint8)
     orbits = []
-    for mesh in (None, make_device_mesh(VIEWS)):
-        model = StageModel(folder, 1, device_mesh=mesh)
+    for devices in (None, jax.devices()):
+        model = StageModel(folder, 1, devices=devices)
         orbits.append(multiview(model, image, progress=False).astype(int))
     assert orbits[0].std() > 1
     # Views are rounded to bytes.
