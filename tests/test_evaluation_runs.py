@@ -5,11 +5,13 @@ import dataclasses
 import functools
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
 import trimesh
 
+from experiments import evaluate as experiment
 from hi3d_jax import cli
 from hi3d_jax.data import normalise, render_orbit
 from hi3d_jax.evaluation import EvaluationError, self_consistency
@@ -156,6 +158,27 @@ def test_copying_the_input_is_exact_only_where_it_looks(orbits):
     copied = copy_input(views)
     np.testing.assert_array_equal(copied[7], views[0])
     assert copied.shape == views.shape
+
+
+def test_baselines_are_made_scored_and_compared(tmp_path, truth, meshes, monkeypatch, capsys):
+    (truth / f"{HOSTILE}.glb").unlink()
+    (tmp_path / "results").mkdir()
+    write_mesh(tmp_path / "results" / "cone.ply", meshes["cone"])
+    monkeypatch.setattr("experiments.evaluate.hull", functools.partial(hull, resolution=48))
+    for what, system, baseline in (("meshes", True, "hull"), ("views", False, "copy_input")):
+        words = [what, str(truth), "-o", str(tmp_path / what), "--baselines", baseline, "--size", "48", "--metrics"]
+        words += ["--systems", f"exact={tmp_path / 'results'}"] if system else []
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+        experiment.main()
+        table = capsys.readouterr().out
+        assert f"| {baseline} |" in table
+        assert table == (tmp_path / what / "comparison.md").read_text()
+        scores = json.loads((tmp_path / what / "comparison.json").read_text())
+        if system:
+            assert scores["exact"]["iou"]["mean"] > scores["hull"]["iou"]["mean"] > 0.7
+        else:
+            # The first view is the input itself.
+            assert scores["copy_input"]["psnr"]["mean"] > scores["copy_input"]["psnr_without_first"]["mean"] > 10
 
 
 def test_a_resumed_run_keeps_what_it_has_and_refuses_other_settings(tmp_path):

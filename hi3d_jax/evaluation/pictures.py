@@ -41,12 +41,11 @@ def error_maps(
 
 
 def compare_meshes(mesh: Mesh, truth: Mesh | None) -> Float[np.ndarray, "h w 3"]:
-    """Rows of six sides: the mesh and the truth with their colours, then both as bare shapes."""
+    """Rows of six sides: the mesh and the truth with their colours, if they have any, then both as bare shapes."""
     cameras = Cameras.concatenate([orbit([azimuth], up, width=MESH_TILE) for azimuth, up in SIDES])
     pairs = [("mesh", mesh)] + ([("truth", truth)] if truth is not None else [])
-    coloured = any(each.texture is not None or each.colours is not None for _, each in pairs)
-    rows = [(name, each) for name, each in pairs if coloured]
-    rows += [(f"{name}'s shape", dataclasses.replace(each, texture=None, colours=None)) for name, each in pairs]
+    rows = [(name, each) for name, each in pairs if each.texture is not None or each.colours is not None]
+    rows += [(f"{name}, shape", dataclasses.replace(each, texture=None, colours=None)) for name, each in pairs]
     tiles = [view for _, each in rows for view in render(each, cameras, light="soft").views]
     labels = [f"{name} {azimuth:.0f}°" for name, _ in rows for azimuth, _ in SIDES]
     return contact_sheet(tiles, len(SIDES), labels)

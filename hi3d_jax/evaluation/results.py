@@ -116,13 +116,13 @@ def find_truths(path: Path, split: str | None = None) -> dict[str, Path]:
     """The truths in a folder, by name; or the one that `path` is itself. Raises `EvaluationError`."""
     if not path.exists():
         raise EvaluationError(f"{path} does not exist; check the path")
-    if (whole := _truth(path)) is not None:
-        return {path.stem if path.is_file() else path.name: whole}
     manifest = path / "manifest.jsonl"
     if manifest.is_file():
         return _from_manifest(manifest, split)
     if split is not None:
         raise EvaluationError(f"a split was asked for, but {path} has no manifest.jsonl; leave --split out")
+    if (whole := _truth(path)) is not None:
+        return {path.stem if path.is_file() else path.name: whole}
     found: dict[str, Path] = {}
     for child in _children(path):
         if (truth := _truth(child)) is not None:
