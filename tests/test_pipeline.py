@@ -15,6 +15,7 @@ from hi3d_jax.cli import main
 from hi3d_jax.models.vae import Autoencoder, AutoencoderConfig
 from hi3d_jax.pretrained import abstract_network
 from hi3d_jax.stages.checks import StageError
+from hi3d_jax.stages.inputs import orbit_elevation
 from hi3d_jax.stages.model import StageModel
 from hi3d_jax.stages.pipeline import Hi3DPipeline, Options, open_stage
 from hi3d_jax.stages.programs import Chunking, make_programs
@@ -246,8 +247,20 @@ def test_doubtful_input_is_warned_of(generator):
     trained = r"elevation 60 is outside .* -10 to 40 degrees \(-10, 0, 10, 20, 30, 40\)"
     with pytest.warns(UserWarning, match=trained), pytest.warns(UserWarning, match=r"touches .* border \(left\)"):
         Hi3DPipeline(generator)(cut, elevation_deg=60.0, options=Options(progress=False))
-    with pytest.raises(RecipeError, match="outside -90 to 90"):
-        Hi3DPipeline(generator)(cut, elevation_deg=100.0)
+    # Numbers that mean nothing, and orbits that stage 1 would not make, are refused before anything runs.
+    for numbers, message in (
+        ({"elevation_deg": 100.0}, "outside -90 to 90"),
+        ({"seed": -1}, "seed -1"),
+        ({"num_steps": 0}, "0 sampling steps"),
+        ({"num_variants": 0}, "0 variants"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            Hi3DPipeline(generator)(cut, **numbers)
+    with pytest.raises(RecipeError, match="elevations go from 0 to 20"):
+        orbit_elevation(cameras.orbit(elevation_deg=np.linspace(0, 20, 16)))
+    with pytest.raises(RecipeError, match=r"azimuths 0, 270, 180, 90; .* 90 degrees apart, counter-clockwise"):
+        orbit_elevation(cameras.orbit([0, 270, 180, 90]))
+    assert orbit_elevation(cameras.orbit([30, 120, 210, 300], elevation_deg=15.0)) == 15
 
 
 def test_a_folder_without_a_network_it_needs_is_refused(models, tmp_path):

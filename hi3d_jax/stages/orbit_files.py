@@ -14,6 +14,8 @@ from hi3d_jax.stages.model import StageModel, Watch
 from hi3d_jax.video import Orbit, write_mp4, write_orbit
 
 CAMERAS_FILE = "cameras.json"
+# What the model was shown, at twice the size of its views.
+INPUT_FILE = "input.png"
 SHEET_FILE = "contact_sheet.png"
 # Where the state of a sampling that is not finished is kept.
 SAMPLING_FILE = "sampling.npz"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,22 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from hi3d_jax.cameras import Cameras, elevations_deg
+from hi3d_jax.cameras import Cameras
 from hi3d_jax.cameras import orbit as orbit_cameras
-from hi3d_jax.images import Matting, matte, over_white, read_image, to_bytes, write_png
+from hi3d_jax.images import Matting, to_bytes, write_png
 from hi3d_jax.stages import orbit_files
 from hi3d_jax.stages.framing import frame_image, resize_view
+from hi3d_jax.stages.inputs import Picture, check_numbers, cut_out, on_white, orbit_elevation, read_picture
 from hi3d_jax.stages.model import StageModel
 from hi3d_jax.stages.multiview import multiview
 from hi3d_jax.stages.recipe import Recipe, RecipeError
 from hi3d_jax.stages.refine import check_count, refine
-from hi3d_jax.stages.run_record import FILE_NAME as RUN_FILE
 from hi3d_jax.stages.run_record import RunRecord
 from hi3d_jax.stages.steps import Steps
 from hi3d_jax.video import Orbit
 
 STAGE_FOLDERS = ("stage1", "stage2")
-INPUT_FILE = "input.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Hi3DPipeline:
 
     def __call__(
         self,
-        image: str | Path | Float[np.ndarray, "h w c"],
+        image: Picture,
         output: str | Path | None = None,
         *,
         elevation_deg: float = 0.0,
@@ -95,7 +93,7 @@ class Hi3DPipeline:
         keep_framing: bool = False,
         options: Options | None = None,
     ) -> list[Variant]:
-        """Orbits of the object in `image`, a file or RGB(A) in [0, 1], whose view 0 is the image itself.
+        """Orbits of the object in `image`, a file, a Pillow image or RGB(A) numbers, whose view 0 is the image itself.
 
         `elevation_deg` is how far above the horizon the image was taken. Variant k of a seed is the same however many
         are made. `matting` is that of `images.matte`; `keep_framing` leaves the object where it is in the image.
@@ -107,7 +105,7 @@ class Hi3DPipeline:
         if num_variants < 1:
             raise RecipeError(f"{num_variants} variants: ask for at least 1")
         options = Options() if options is None else options
-        check_elevation(self.generator.recipe, elevation_deg)
+        check_numbers(self.generator.recipe, elevation_deg, seed, num_steps)
         cut = cut_out(image, matting)
         output = None if output is None else Path(output)
         request = self._request(cut, elevation_deg, seed, num_steps, keep_framing) | {"num_variants": num_variants}
@@ -115,7 +113,7 @@ class Hi3DPipeline:
         if output is not None:
             # Twice as large: what a refiner will want to see.
             large = dataclasses.replace(self.generator.recipe, image_size=2 * self.generator.recipe.image_size)
-            write_png(output / INPUT_FILE, _unit(frame_image(cut, large, keep_framing)))
+            write_png(output / orbit_files.INPUT_FILE, _unit(frame_image(cut, large, keep_framing)))
         variants = []
         for variant in range(num_variants):
             part = "" if num_variants == 1 else f"variant_{variant}"
@@ -139,7 +137,7 @@ class Hi3DPipeline:
         views: Float[np.ndarray, "t h w c"],
         output: str | Path | None = None,
         *,
-        image: str | Path | Float[np.ndarray, "h w c"] | None = None,
+        image: Picture | None = None,
         cameras: Cameras | None = None,
         elevation_deg: float = 0.0,
         seed: int = 0,
@@ -158,12 +156,12 @@ class Hi3DPipeline:
         if cameras is None:
             cameras = _cameras(recipe, elevation_deg)
         else:
-            elevation_deg = common_elevation(cameras)
+            elevation_deg = orbit_elevation(cameras)
             cameras = cameras.resized(size, size)
-        check_elevation(recipe, elevation_deg)
+        check_numbers(recipe, elevation_deg, seed, num_steps)
         check_count(self.refiner, len(views))
-        coarse = np.stack([to_bytes(_on_white(view)) for view in views])
-        first = None if image is None else to_bytes(_on_white(_read(image)))
+        coarse = np.stack([to_bytes(on_white(view)) for view in views])
+        first = None if image is None else to_bytes(on_white(read_picture(image)))
         request = self._request(coarse if first is None else np.append(coarse, first), elevation_deg, seed, num_steps)
         output = None if output is None else Path(output)
         run = _Run(RunRecord.begin(output, request, options.resume), options)
@@ -232,64 +230,9 @@ def stage_folders(source: str | Path) -> list[str | Path]:
     return inner if inner and not (folder / "config.json").exists() else [source]
 
 
-def input_of(orbit: Path) -> Path | None:
-    """The picture that a run of `Hi3DPipeline` was given, as it wrote it beside its orbit or its orbits' folders."""
-    found = [folder / INPUT_FILE for folder in (orbit, orbit.parent) if (folder / RUN_FILE).exists()]
-    return next((path for path in found if path.exists()), None)
-
-
-def cut_out(image: str | Path | Float[np.ndarray, "h w c"], matting: Matting = "auto") -> Float[np.ndarray, "h w 4"]:
-    """The object of an image alone. Warns where it touches the border: what is cut off cannot be turned around."""
-    cut = matte(_read(image), matting)
-    solid = cut[..., 3] > 0.5
-    sides = {"top": solid[0], "bottom": solid[-1], "left": solid[:, 0], "right": solid[:, -1]}
-    if touched := [name for name, line in sides.items() if line.any()]:
-        warnings.warn(
-            f"the object touches the image's border ({', '.join(touched)}) and may be cut off there; use an image "
-            "with a margin around all of it",
-            stacklevel=3,
-        )
-    return cut
-
-
-def check_elevation(recipe: Recipe, elevation_deg: float) -> None:
-    """Warns where training showed no such views. Raises `RecipeError` for what is no elevation."""
-    if not -90 <= elevation_deg <= 90:
-        raise RecipeError(f"elevation {elevation_deg} is outside -90 to 90 degrees")
-    low, high = recipe.elevation_range_deg
-    if not low <= elevation_deg <= high:
-        trained = ", ".join(f"{value:g}" for value in recipe.elevations_deg or ())
-        warnings.warn(
-            f"elevation {elevation_deg:g} is outside what this model was trained on, {low:g} to {high:g} degrees"
-            f"{f' ({trained})' if trained else ''}; expect distorted views",
-            stacklevel=3,
-        )
-
-
-def common_elevation(cameras: Cameras) -> float:
-    """The elevation of an orbit's cameras. Raises `RecipeError` where they are no orbit."""
-    elevations = elevations_deg(cameras)
-    if np.ptp(elevations) > 1:
-        raise RecipeError(
-            f"the cameras' elevations go from {elevations.min():.0f} to {elevations.max():.0f} degrees; stage 2 "
-            "refines views that were all taken from one elevation"
-        )
-    return round(float(elevations.mean()), 3)
-
-
 def _cameras(recipe: Recipe, elevation_deg: float) -> Cameras:
     azimuths = np.arange(recipe.num_views) * (360 / recipe.num_views)
     return orbit_cameras(azimuths, elevation_deg, recipe.radius, recipe.fov_deg, recipe.image_size)
-
-
-def _read(image: str | Path | Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w 4"]:
-    if not isinstance(image, np.ndarray):
-        return read_image(image)
-    return image if image.shape[2] == 4 else np.concatenate([image, np.ones_like(image[..., :1])], axis=-1)
-
-
-def _on_white(view: Float[np.ndarray, "h w c"]) -> Float[np.ndarray, "h w 3"]:
-    return over_white(view) if view.shape[2] == 4 else view
 
 
 def _bytes(orbit: Orbit) -> UInt8[np.ndarray, "t h w 3"]:
