@@ -70,6 +70,12 @@ def test_cached_latents_and_tokens_are_what_the_networks_make_of_the_views(datas
     np.testing.assert_allclose(batch["latents"][0], latents, rtol=1e-3, atol=1e-3)
     assert batch["image_tokens"].shape == (1, NUM_VIEWS, 16)
     assert np.abs(np.diff(batch["image_tokens"][0], axis=0)).max() > 1e-3
+    held, larger = RecordFolder(tmp_path / "cache"), dataclasses.replace(config, image_size=2 * SIZE)
+    with pytest.raises(RecordError, match="made for views of 32 pixels, not 64"):
+        open_batches(RecordFolder(dataset), larger, seed=0, cache=held)
+    write_records(tmp_path / "other", [RecordFolder(dataset)[0]], {})
+    with pytest.raises(RecordError, match=r"was not made from .*other"):
+        open_batches(RecordFolder(tmp_path / "other"), config, seed=0, cache=held)
 
 
 def test_stage_ones_orbits_become_stage_twos_input(dataset, model, tmp_path, monkeypatch):

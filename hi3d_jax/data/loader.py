@@ -32,6 +32,7 @@ from PIL import Image
 
 from hi3d_jax import images
 from hi3d_jax.data.degrade import Degradation, degrade_views
+from hi3d_jax.data.derived import check_derived
 from hi3d_jax.data.record_folder import RecordFolder, RecordList
 from hi3d_jax.data.records import RecordError, units_to_depth
 
@@ -110,6 +111,7 @@ def open_batches(
     view START of the orbit KEY and beginning there. Raises `ValueError` and, while iterating, `RecordError`.
     """
     config.check()
+    _check_companions(orbits, config, cache, stage1)
     if config.batch_size % process_count:
         raise ValueError(f"a batch of {config.batch_size} does not divide by {process_count} processes: change it")
     own = config.batch_size // process_count
@@ -123,6 +125,18 @@ def open_batches(
         flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(config.workers, config.prefetch))
     return iter(dataset)
+
+
+def _check_companions(orbits: Orbits, config: LoaderConfig, cache: Orbits | None, stage1: Orbits | None) -> None:
+    """Raises `RecordError` where a cache or stage 1's outputs belong to other records or to another size."""
+    if not isinstance(orbits, RecordFolder):
+        return
+    for made in (cache, stage1):
+        if isinstance(made, RecordFolder):
+            check_derived(made, orbits)
+    size = cache.settings.get("size") if isinstance(cache, RecordFolder) else None
+    if size is not None and size != config.image_size:
+        raise RecordError(f"{cache.folder} was made for views of {size} pixels, not {config.image_size}; make it again")
 
 
 def _positions(lines: list[dict], config: LoaderConfig, seed: int, shuffle: bool) -> grain.MapDataset:

@@ -34,6 +34,11 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def joint_sha256(entries: list[dict]) -> str:
+    """One hash over all shards of a manifest."""
+    return hashlib.sha256("".join(entry["sha256"] for entry in entries).encode()).hexdigest()
+
+
 def begin(folder: str | Path, plan: dict) -> dict | None:
     """Makes the folder of a new data set and writes its plan; returns the plan of one that was begun before.
 
@@ -122,8 +127,8 @@ def finish(folder: str | Path, settings: dict, num_shards: int) -> dict:
         aside.write_text(json.dumps({"format": FORMAT, "settings": settings, "shards": entries}, indent=1) + "\n")
     for left_over in (folder / "shards").glob(".*.part.*"):
         left_over.unlink()
-    digest = hashlib.sha256("".join(entry["sha256"] for entry in entries).encode()).hexdigest()
-    return {"records": len(lines), "shards": len(entries), "skipped": len(skipped), "sha256": digest}
+    counts = {"records": len(lines), "shards": len(entries), "skipped": len(skipped)}
+    return {**counts, "sha256": joint_sha256(entries)}
 
 
 def _write_lines(path: Path, lines: list[dict]) -> None:
