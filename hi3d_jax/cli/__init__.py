@@ -22,6 +22,7 @@ from tyro.conf import subcommand
 from hi3d_jax.cli.compiled_programs import keep_compiled_programs
 from hi3d_jax.cli.doctor import Doctor
 from hi3d_jax.cli.evaluate import Evaluate
+from hi3d_jax.cli.generate import Generate
 from hi3d_jax.cli.output import explained, plain_warnings
 from hi3d_jax.cli.reconstruct import Reconstruct
 from hi3d_jax.cli.refine import Refine
@@ -30,6 +31,7 @@ from hi3d_jax.cli.views import Views
 from hi3d_jax.cli.warmup import Warmup
 
 COMMANDS: dict[str, type] = {
+    "generate": Generate,
     "views": Views,
     "refine": Refine,
     "reconstruct": Reconstruct,
@@ -42,6 +44,7 @@ COMMANDS: dict[str, type] = {
 DESCRIPTION = """Hi3D in JAX: from one image to views all around the object, and from views to a textured mesh.
 
 examples:
+  hi3d generate photo.png -o out --model models/hi3d
   hi3d views photo.png -o out --model models/hi3d && hi3d refine out -o refined --model models/hi3d
   hi3d reconstruct orbit.mp4 -o out
   hi3d render example -o rocket_orbit && hi3d reconstruct rocket_orbit -o rocket

@@ -52,7 +52,8 @@ def prepare_output(folder: Path, resume: bool, source: Path) -> None:
 
 
 def _holds_run(folder: Path) -> bool:
-    return (folder / "run.json").exists()
+    """Whether a run was begun in the folder, or in a folder of it, as commands with several results have them."""
+    return any(any(folder.glob(f"{depth}run.json")) for depth in ("", "*/", "*/*/"))
 
 
 @contextlib.contextmanager
