@@ -120,10 +120,10 @@ class Networks(StageModel):
         self.seen["token"] = np.asarray(images)
         return images.mean((1, 2))
 
-    def encoders(self) -> Encoders:
+    def encoders(self, progress=False) -> Encoders:
         return Encoders(self.token, self.latents, self.latents, lambda images: images.mean((1, 2, 3)))
 
-    def run(self, name, images):
+    def run(self, name, images, progress=False):
         self.seen[name] = np.asarray(images)
         return Posterior(self.latents(images), jnp.full((VIEWS, LATENT, LATENT, 3), 0.25))
 
@@ -131,7 +131,7 @@ class Networks(StageModel):
         self.seen |= {"parts": parts, "noise": noise, "coarse": coarse, "options": options}
         return noise[0]
 
-    def decode(self, latents):
+    def decode(self, latents, progress=False):
         return np.zeros((VIEWS, SIDE, SIDE, 3), np.uint8)
 
 

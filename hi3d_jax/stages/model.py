@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, UInt8
+from tqdm import tqdm
 
 from hi3d_jax import diffusion
 from hi3d_jax.images import to_bytes
@@ -123,22 +124,25 @@ class StageModel:
     def _load(self, name: str) -> nnx.Module:
         return from_pretrained(self.source, name, dtype=self.dtype, sharding=self.sharding)
 
-    def run(self, name: str, images: Float[Array | np.ndarray, "n h w c"]) -> Any:
+    def run(self, name: str, images: Float[Array | np.ndarray, "n h w c"], progress: bool = False) -> Any:
         """The program `name` over all pictures, as many at a time as it was made for."""
         program = self.programs[name]
+        count = program.inputs[0].shape[0]
+        several = progress and len(images) > count
+        words = f"{self.name}, {name.replace('_', ' ')}"
+        starts = tqdm(range(0, len(images), count), words, leave=False, disable=None if several else True)
         with self.loaded(program) as call:
-            count = program.inputs[0].shape[0]
-            made = [call(jnp.asarray(images[i : i + count])) for i in range(0, len(images), count)]
+            made = [jax.block_until_ready(call(jnp.asarray(images[i : i + count]))) for i in starts]
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *made)
 
-    def encoders(self) -> Encoders:
+    def encoders(self, progress: bool = False) -> Encoders:
         """The networks that conditions come from, each loaded for as long as it is called."""
-        has = self.programs.__contains__
+        run = functools.partial(self.run, progress=progress)
         return Encoders(
-            image_token=functools.partial(self.run, "image_token"),
-            latents=lambda images: self.run("conditioning_latents", images).mean,
-            depth=functools.partial(self.run, "depth") if has("depth") else None,
-            aesthetic=functools.partial(self.run, "aesthetic") if has("aesthetic") else None,
+            image_token=functools.partial(run, "image_token"),
+            latents=lambda images: run("conditioning_latents", images).mean,
+            depth=functools.partial(run, "depth") if "depth" in self.programs else None,
+            aesthetic=functools.partial(run, "aesthetic") if "aesthetic" in self.programs else None,
         )
 
     def sample(
@@ -167,9 +171,9 @@ class StageModel:
             step = lambda noisy, level: call(noisy, level, scale, conditions, blending)  # noqa: E731
             return sample(step, noisy, levels, self.name, progress, kept, show)[0]
 
-    def decode(self, latents: Float[Array, "t h w c"]) -> UInt8[np.ndarray, "t h2 w2 3"]:
+    def decode(self, latents: Float[Array, "t h w c"], progress: bool = False) -> UInt8[np.ndarray, "t h2 w2 3"]:
         """The views of scaled latents. Raises `StageError` where they are not finite."""
-        return self._bytes(self.run("decode", latents))
+        return self._bytes(self.run("decode", latents, progress))
 
     def preview(self, latents: Float[Array, "t h w c"]) -> UInt8[np.ndarray, "n h2 w2 3"]:
         """A few views, small."""

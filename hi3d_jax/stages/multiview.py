@@ -40,11 +40,11 @@ def multiview(
     noise_key, augment_key = jax.random.split(random_key(seed, variant, recipe.stage))
     parts = encode(
         recipe,
-        model.encoders(),
+        model.encoders(progress),
         jnp.asarray(to_network(image))[None],
         jnp.full(1, elevation_deg, jnp.float32),
         jax.random.normal(augment_key, (1, 1, size, size, 3)),
     )
     noise = jax.random.normal(noise_key, model.programs["denoise_step"].inputs[0].shape)
     latents = model.sample(parts, noise, num_steps=num_steps, progress=progress, kept=kept, watch=watch)
-    return model.decode(latents)
+    return model.decode(latents, progress)

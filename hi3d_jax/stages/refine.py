@@ -45,7 +45,7 @@ def refine(
     shown = jnp.asarray(to_network(views))
     parts = encode(
         recipe,
-        model.encoders(),
+        model.encoders(progress),
         jnp.asarray(to_network(image))[None],
         jnp.full(1, elevation_deg, jnp.float32),
         jax.random.normal(augment_key, (1, *shown.shape)),
@@ -53,10 +53,10 @@ def refine(
     )
     latents = None
     if recipe.blend_exponent is not None:
-        latents = draw_latents(model.run("coarse_latents", shown), posterior_key, model.scaling_factor)
+        latents = draw_latents(model.run("coarse_latents", shown, progress), posterior_key, model.scaling_factor)
     noise = jax.random.normal(noise_key, model.programs["denoise_step"].inputs[0].shape)
     refined = model.sample(parts, noise, latents, num_steps=num_steps, progress=progress, kept=kept, watch=watch)
-    return model.decode(refined)
+    return model.decode(refined, progress)
 
 
 def check_count(model: StageModel, count: int) -> None:
