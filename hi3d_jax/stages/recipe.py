@@ -161,8 +161,9 @@ _OFFICIAL: dict[int, dict[str, Any]] = {
     2: {**_OFFICIAL_BOTH, "depth_unfold": 3, "blend_exponent": 40.0},
 }
 _PAPER_BOTH: dict[str, Any] = {
-    # The training renders show the object 1 long from 1.5 away, which is 0.73 of the picture (the paper is silent).
-    "foreground_ratio": 0.73,
+    # What objects 1 long fill of pictures taken from 1.5 away: the median of 720 renders of 60 objects, half of them
+    # between 0.72 and 0.84 (the paper is silent).
+    "foreground_ratio": 0.77,
     "resampling": "area",
     # Else guidance would compare with an input that training never showed (the paper is silent).
     "dropping": Dropping(depth=0.1),
