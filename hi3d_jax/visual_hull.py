@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from scipy import ndimage
 
-from hi3d_jax.cameras import Cameras, pixel_rays, project
+from hi3d_jax.cameras import Cameras, project
 
 # The object's longest side is 1 and its centre the origin; the rest is room for a generated orbit's inaccuracy.
 HALF_SIDE = 0.55
@@ -87,73 +87,41 @@ def _distance_to_cone(points, alpha, camera: Cameras) -> Float[np.ndarray, "n"]:
 
 def carve_by_depths(
     hull: VisualHull,
-    depths: Float[np.ndarray, "t h w"],
+    fronts: Float[np.ndarray, "t h w"],
     alphas: Float[np.ndarray, "t h w"],
     cameras: Cameras,
-    margin: float = 0.016,
+    margin: float = 0.006,
     reach: float = 0.08,
+    witnesses: int = 3,
 ) -> VisualHull:
     """Carves from the hull the space that views look through: what masks cannot show, the inside of a cup or the gap
     between a wheel and its car.
 
-    `depths` (z along the optical axis) are fused as truncated signed distances (Curless & Levoy 1996), cut at `reach`;
-    edges of depth count less, and depths that other views contradict not at all. Splats are soft, so their depths lie
-    behind the surface: only what is more than `margin` (world units) in front of the fused surface goes, and where hull
-    and depths agree the hull's precise outline stays.
+    `fronts` (z along the optical axis) are depths up to which each pixel of the object certainly looks through empty
+    space. Single ones err all the same: what goes is more than `margin` (world units) in front of them in at least
+    `witnesses` views. An average over the views, as depth maps are usually fused by, would let a few depths far behind
+    the surface dig holes into it. `reach`: how deep one call carves at most.
     """
-    trusted = agreeing_depths(depths, alphas, cameras)
     near = np.flatnonzero(hull.sdf.reshape(-1) < 2 * hull.spacing)
     index = np.stack(np.unravel_index(near, hull.sdf.shape), axis=1)
     points = (hull.lower + index * hull.spacing).astype(np.float32)
     pixels, distance = project(points, cameras)
-    total, weight = np.zeros(len(points)), np.zeros(len(points))
     height, width = alphas.shape[1:]
-    for view, depth in enumerate(depths):
+    # The largest distances in front, over the views seen so far, in no order.
+    best = np.full((min(witnesses, len(cameras)), len(points)), -reach, np.float32)
+    for view, alpha in enumerate(alphas):
         column = np.clip(pixels[view, :, 0].astype(int), 0, width - 1)
         row = np.clip(pixels[view, :, 1].astype(int), 0, height - 1)
-        steep = (ndimage.maximum_filter(depth, 3) - ndimage.minimum_filter(depth, 3))[row, column]
-        before = depth[row, column] - distance[view]
-        known = trusted[view][row, column] & (before > -reach)
-        share = known / (1 + (steep / 0.02) ** 2)
-        total += share * np.clip(before, -reach, reach)
-        weight += share
-    # Points that only a view or none at the edge of depths has seen stay as they are.
-    fused = np.where(weight > 0.3, total / np.maximum(weight, 1e-6), -reach)
-    grid = np.full(hull.sdf.size, -reach)
-    grid[near] = fused
+        # The nearest of the pixels around: at an edge of depths, a point belongs to the surface in front.
+        front = ndimage.minimum_filter(np.where(alpha > 0.9, fronts[view], -np.inf), 3)
+        before = np.clip(front[row, column] - distance[view], -reach, reach)
+        lowest = best.argmin(axis=0)[None]
+        np.put_along_axis(best, lowest, np.maximum(np.take_along_axis(best, lowest, 0), before[None]), 0)
+    grid = np.full(hull.sdf.size, -reach, np.float32)
+    grid[near] = best.min(axis=0)
     # Neighbouring points may be seen by different views: a blur of one cell takes the ragged edges between them.
     carved = ndimage.gaussian_filter(grid.reshape(hull.sdf.shape), 1.0) - margin
     return dataclasses.replace(hull, sdf=np.maximum(hull.sdf, carved).astype(np.float32))
-
-
-def agreeing_depths(
-    depths: Float[np.ndarray, "t h w"],
-    alphas: Float[np.ndarray, "t h w"],
-    cameras: Cameras,
-    tolerance: float = 0.02,
-    neighbours: int = 4,
-) -> Bool[np.ndarray, "t h w"]:
-    """Pixels of the object whose depth at least half of the nearest `neighbours` views confirm within `tolerance`.
-
-    Where splats are half transparent, their mean depth lies between two surfaces, at another place for each view: the
-    usual test of multi-view stereo (Schönberger et al. 2016, section 4) finds it out.
-    """
-    count = min(neighbours, len(cameras) - 1)
-    gaps = np.linalg.norm(cameras.centres[:, None] - cameras.centres[None], axis=-1)
-    origins, directions = pixel_rays(cameras)
-    trusted = alphas > 0.9
-    for view in range(len(cameras)):
-        row, column = np.nonzero(trusted[view])
-        along = directions[view, row, column]
-        distance = depths[view, row, column] / (along @ cameras.c2w[view, :3, 2])
-        points = origins[view, row, column] + distance[:, None] * along
-        confirmed = np.zeros(len(points), int)
-        for other in np.argsort(gaps[view], kind="stable")[1 : count + 1]:
-            pixels, depth = (array[0] for array in project(points, cameras[other : other + 1]))
-            there = np.clip(pixels.astype(int), 0, [cameras.width - 1, cameras.height - 1])
-            confirmed += np.abs(depths[other, there[:, 1], there[:, 0]] - depth) < tolerance
-        trusted[view, row, column] = 2 * confirmed >= count
-    return trusted
 
 
 def touches_border(alpha: Float[np.ndarray, "h w"]) -> bool:

@@ -59,7 +59,7 @@ def test_gradient_is_the_slope_of_the_distance():
     layers = (fields.sdf_layers[0], (kernel.at[0].set(0.1), bias))
     fields = neus_fields.Fields(tables, fields.dense, layers, fields.colour_layers)
     points = jax.random.uniform(jax.random.key(1), (3, 200), minval=-0.5, maxval=0.5)
-    gradient = neus_fields.gradient(fields, CONFIG, points, LEVELS)
+    _, gradient = neus_fields.value_and_gradient(fields, CONFIG, points, LEVELS)
 
     def distance(points):
         return neus_fields.evaluate(fields, CONFIG, points, jnp.zeros_like(points), LEVELS)[0]

@@ -8,7 +8,7 @@ import pytest
 from hi3d_jax import cameras
 from hi3d_jax.splatting import reference
 from hi3d_jax.splatting.gaussians import Gaussians
-from hi3d_jax.splatting.rasterize import capacity_for, render
+from hi3d_jax.splatting.rasterize import capacity_for, light_stops, render
 from hi3d_jax.splatting.tiles import Capacity
 
 WIDTH, HEIGHT = 45, 38  # no multiple of the tile size
@@ -199,3 +199,17 @@ def test_one_pixel_image():
     drawn = render(random_gaussians(0), view.w2c[0], view.K[0], 1, 1)
     assert drawn.colour.shape == (1, 1, 3)
     assert np.isfinite(drawn.colour).all()
+
+
+def test_light_stops_around_the_mean_depth_as_far_as_its_square_says():
+    scene, (w2c, K) = overlapping(), camera()
+    stops = light_stops(scene, w2c, K, WIDTH, HEIGHT)
+    z = np.asarray(scene.means) @ np.asarray(w2c[2, :3]) + float(w2c[2, 3])
+    # Colour without view dependence that carries (z, z², 0) instead.
+    moments = np.zeros(scene.sh.shape, np.float32)
+    moments[:, 0, 0], moments[:, 0, 1] = (z - 0.5) / 0.28209479, (z * z - 0.5) / 0.28209479
+    drawn = reference.render(changed(scene, sh=moments), w2c, K, WIDTH, HEIGHT, 0.0)
+    shown = np.asarray(drawn.alpha) > 1e-2
+    first, second = (np.asarray(drawn.colour[..., i] / drawn.alpha)[shown] for i in range(2))
+    np.testing.assert_allclose(np.asarray(stops.mean)[shown], first, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(stops.spread)[shown] ** 2, second - first**2, atol=1e-3)

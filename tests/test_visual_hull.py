@@ -91,3 +91,17 @@ def test_true_depths_leave_the_hull_as_it_is(cameras):
     carved = visual_hull.carve_by_depths(hull, depths, alphas, cameras)
     near = np.abs(hull.sdf) < 0.01
     assert np.abs(carved.sdf - hull.sdf)[near].max() < 0.006
+
+
+def test_two_views_that_look_too_deep_dig_no_hole(cameras):
+    alphas, depths = sphere_depths(cameras)
+    hull = visual_hull.carve(alphas, cameras, 48)
+    depths = depths.copy()
+    depths[3:5] += 0.2
+    carved = visual_hull.carve_by_depths(hull, depths, alphas, cameras)
+    inside = RADIUS - 0.03
+    towards = cameras.centres[3:5] / np.linalg.norm(cameras.centres[3:5], axis=1, keepdims=True)
+    assert (carved.sample(inside * towards) < 0).all()
+    depths[5] += 0.2
+    deeper = visual_hull.carve_by_depths(hull, depths, alphas, cameras)
+    assert (deeper.sample(inside * towards) > 0).any()

@@ -121,16 +121,17 @@ def evaluate(
     return sdf, slope, jnp.concatenate([inputs, outputs[1:]])
 
 
-def gradient(
+def value_and_gradient(
     fields: Fields, config: FieldConfig, points: Float[Array, "3 n"], level_weights: Float[Array, "levels"]
-) -> Float[Array, "3 n"]:
-    """The analytic gradient of the signed distance by world position; the outward normal after normalising."""
+) -> tuple[Float[Array, "n"], Float[Array, "3 n"]]:
+    """The signed distance and its analytic gradient by world position: the outward normal after normalising."""
 
     def along(axis):
         directions = jnp.broadcast_to(axis[:, None], points.shape)
-        return evaluate(fields, config, points, directions, level_weights)[1]
+        return evaluate(fields, config, points, directions, level_weights)[:2]
 
-    return jax.lax.map(along, jnp.eye(3, dtype=points.dtype))
+    values, slopes = jax.lax.map(along, jnp.eye(3, dtype=points.dtype))
+    return values[0], slopes
 
 
 def colour(fields: Fields, features: Float[Array, "features n"]) -> Float[Array, "3 n"]:

@@ -27,6 +27,8 @@ from hi3d_jax.neus.render import SamplingConfig
 
 # Cells whose (blurred) gradient is far below this stay where they are instead of being moved by noise.
 DENSE_EPS = 1e-7
+# The gradient costs three evaluations: a few points per ray's worth of them would cost as much as the rays themselves.
+RAYS_PER_POINT = 4
 # 1 / world units: how near to the surface a point counts as being on it.
 SPARSITY_SCALE = 50.0
 
@@ -56,10 +58,10 @@ class NeuSConfig:
     rays: int = 1024  # per iteration
     learning_rate: float = 1e-2  # hash tables and colour network
     sdf_learning_rate: float = 1e-3  # SDF network; a start that is nearly right wants far less
-    dense_learning_rate: float = 3e-4  # dense grid: world units that a step moves the surface at most
+    dense_learning_rate: float = 1e-3  # dense grid: world units that a step moves the surface at most
     colour_first: float = 0.2  # share of the iterations before the surface moves: colours have to mean something first
     smoothing: tuple[float, float] = (2.0, 0.7)  # blur of the dense grid's gradient at the start and end, in cells
-    inv_s: tuple[float, float] = (200.0, 1000.0)  # sharpness of the surface at the start and the end, 1 / world units
+    inv_s: tuple[float, float] = (60.0, 1000.0)  # sharpness of the surface at the start and the end, 1 / world units
     cosine_anneal: float = 0.1  # share of the iterations until equation 13 is exact
     level_anneal: float = 0.5  # share of the iterations until all levels of the hash grid are in
     cache_resolution: int = 80  # of the signed-distance cache that guides sampling
@@ -172,19 +174,20 @@ def loss_terms(
     opacity = jnp.clip(out.opacity, 0.01, 0.99)
     mask = -(batch["alpha"] * jnp.log(opacity) + (1 - batch["alpha"]) * jnp.log(1 - opacity))
 
-    # One point per ray, where its light comes from, and as many anywhere.
-    chosen = distances[jnp.argmax(out.weights, axis=0), jnp.arange(config.rays)]
-    anywhere = jax.random.uniform(point_key, (3, config.rays), minval=-half_side, maxval=half_side)
-    points = jnp.concatenate([batch["origins"] + chosen[None] * batch["directions"], anywhere], axis=1)
-    gradient = neus_fields.gradient(fields, config.fields, points, now["level_weights"])
-    sdf, _, _ = neus_fields.evaluate(fields, config.fields, anywhere, jnp.zeros_like(anywhere), now["level_weights"])
+    # Every few rays a point where its light comes from, and as many anywhere.
+    some = slice(None, None, RAYS_PER_POINT)
+    chosen = distances[jnp.argmax(out.weights[:, some], axis=0), jnp.arange(0, config.rays, RAYS_PER_POINT)]
+    lit = batch["origins"][:, some] + chosen[None] * batch["directions"][:, some]
+    anywhere = jax.random.uniform(point_key, lit.shape, minval=-half_side, maxval=half_side)
+    points = jnp.concatenate([lit, anywhere], axis=1)
+    sdf, gradient = neus_fields.value_and_gradient(fields, config.fields, points, now["level_weights"])
     # The small constant keeps the derivative of the root finite where the gradient vanishes.
     length = jnp.sqrt((gradient**2).sum(axis=0) + 1e-12)
     return {
         "rgb": jnp.abs(rendered - wanted).mean(),
         "mask": mask.mean(),
         "eikonal": ((length - 1) ** 2).mean(),
-        "sparsity": jnp.exp(-SPARSITY_SCALE * jnp.abs(sdf)).mean(),
+        "sparsity": jnp.exp(-SPARSITY_SCALE * jnp.abs(sdf[lit.shape[1] :])).mean(),
     }
 
 

@@ -4,16 +4,18 @@ from hi3d_jax.splatting.fit import FitConfig, fit
 from hi3d_jax.splatting.gaussians import Gaussians
 from hi3d_jax.splatting.initialise import from_points
 from hi3d_jax.splatting.ply import SplatFileError, read_ply, write_ply
-from hi3d_jax.splatting.rasterize import Rendering, capacity_for, render
+from hi3d_jax.splatting.rasterize import LightStops, Rendering, capacity_for, light_stops, render
 
 __all__ = [
     "FitConfig",
     "Gaussians",
+    "LightStops",
     "Rendering",
     "SplatFileError",
     "capacity_for",
     "fit",
     "from_points",
+    "light_stops",
     "read_ply",
     "render",
     "write_ply",

@@ -68,7 +68,7 @@ PRESETS: dict[Quality, ReconstructConfig] = {
         hull_resolution=96,
         num_gaussians=5_000,
         splats=FitConfig(steps=450),
-        neus=NeuSConfig(iterations=200, sdf_learning_rate=2e-5),
+        neus=NeuSConfig(iterations=300, sdf_learning_rate=2e-5),
         resolution=192,
         num_faces=20_000,
         texture_size=1024,

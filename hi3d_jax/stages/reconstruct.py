@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,10 @@ class _Fits:
     def draw_between(self, gaussians: Gaussians) -> Orbit:
         """The Gaussians as seen from halfway between the views."""
         cameras = between_neighbours(self.small.cameras, self.config.num_interpolated)
-        drawn = list(_draw(gaussians, cameras))
+        drawn = [
+            splatting.render(gaussians, w2c, K, cameras.width, cameras.height)
+            for w2c, K in zip(cameras.w2c, cameras.K, strict=True)
+        ]
         views = np.stack([np.clip(picture.colour, 0, 1) for picture in drawn])
         alphas = np.stack([np.clip(picture.alpha, 0, 1) for picture in drawn])
         return Orbit(views, alphas, cameras)
@@ -143,8 +145,7 @@ class _Fits:
         cameras = Cameras.concatenate([part.cameras for part in parts])
         start = self.hull
         if gaussians is not None:
-            depths = np.stack([picture.depth for picture in _draw(gaussians, cameras)])
-            start = visual_hull.carve_by_depths(start, depths, alphas, cameras)
+            start = visual_hull.carve_by_depths(start, _fronts(gaussians, cameras), alphas, cameras)
         return neus.fit(
             np.concatenate([part.views for part in parts]),
             alphas,
@@ -159,9 +160,13 @@ class _Fits:
         return self.hull.sample(points) - 0.5 * self.hull.spacing
 
 
-def _draw(gaussians: Gaussians, cameras: Cameras) -> Iterator[splatting.Rendering]:
+def _fronts(gaussians: Gaussians, cameras: Cameras) -> Float[np.ndarray, "t h w"]:
+    """Depths up to which the Gaussians leave space empty."""
+    fronts = []
     for w2c, K in zip(cameras.w2c, cameras.K, strict=True):
-        yield splatting.render(gaussians, w2c, K, cameras.width, cameras.height)
+        stops = splatting.light_stops(gaussians, w2c, K, cameras.width, cameras.height)
+        fronts.append(np.asarray(stops.mean - stops.spread))
+    return np.stack(fronts)
 
 
 def _write_views(path: Path, orbit: Orbit) -> None:
