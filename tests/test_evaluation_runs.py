@@ -23,6 +23,7 @@ from hi3d_jax.evaluation.tables import Row
 from hi3d_jax.images import write_png
 from hi3d_jax.mesh import Mesh, write_mesh
 from hi3d_jax.video import Orbit, write_orbit
+from hi3d_jax.visual_hull import colours_at
 
 # A name that would run a script where a report did not escape it.
 HOSTILE = "<script>alert(1)<script>"
@@ -137,12 +138,19 @@ def test_a_run_is_scored_with_and_without_truth(tmp_path, truth, meshes, orbits)
 
 def test_consistent_views_agree_with_themselves_and_others_do_not(tmp_path, orbits, monkeypatch):
     good, coarse_hull = orbits["cone"], functools.partial(hull, resolution=48)
+
+    def painted(views):
+        mesh = coarse_hull(views)
+        colours = colours_at(mesh.vertices, views.views, views.alphas, views.cameras)
+        return dataclasses.replace(mesh, colours=colours)
+
     # Views of another object in every second place.
     mixed = dataclasses.replace(good, views=good.views.copy(), alphas=good.alphas.copy())
     mixed.views[1::2], mixed.alphas[1::2] = orbits[HOSTILE].views[1::2], orbits[HOSTILE].alphas[1::2]
-    agreeing, contradicting = (self_consistency(views, coarse_hull) for views in (good, mixed))
+    agreeing, contradicting = (self_consistency(views, painted) for views in (good, mixed))
     assert agreeing.scores["iou"] > contradicting.scores["iou"] + 0.2
     assert agreeing.scores["chamfer"] < contradicting.scores["chamfer"] / 2
+    assert agreeing.scores["mesh_psnr"] > contradicting.scores["mesh_psnr"] + 3
     write_orbit(tmp_path / "cone", good)
     out = tmp_path / "out"
     monkeypatch.setattr("hi3d_jax.cli.evaluate.reconstruct_by", lambda way: coarse_hull)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float
@@ -40,12 +41,16 @@ def error_maps(
     return np.stack([np.ones_like(error), 1 - error, 1 - error], axis=-1).astype(np.float32)
 
 
-def compare_meshes(mesh: Mesh, truth: Mesh | None) -> Float[np.ndarray, "h w 3"]:
-    """Rows of six sides: the mesh and the truth with their colours, if they have any, then both as bare shapes."""
+def compare_meshes(meshes: Mapping[str, Mesh]) -> Float[np.ndarray, "h w 3"]:
+    """Rows of six sides: each mesh with its colours, if it has any, then each as a bare shape; keys are its labels."""
     cameras = Cameras.concatenate([orbit([azimuth], up, width=MESH_TILE) for azimuth, up in SIDES])
-    pairs = [("mesh", mesh)] + ([("truth", truth)] if truth is not None else [])
-    rows = [(name, each) for name, each in pairs if each.texture is not None or each.colours is not None]
-    rows += [(f"{name}, shape", dataclasses.replace(each, texture=None, colours=None)) for name, each in pairs]
+    rows = [(name, mesh) for name, mesh in meshes.items() if has_colours(mesh)]
+    rows += [(f"{name}, shape", dataclasses.replace(m, texture=None, colours=None)) for name, m in meshes.items()]
     tiles = [view for _, each in rows for view in render(each, cameras, light="soft").views]
     labels = [f"{name} {azimuth:.0f}°" for name, _ in rows for azimuth, _ in SIDES]
     return contact_sheet(tiles, len(SIDES), labels)
+
+
+def has_colours(mesh: Mesh) -> bool:
+    """Whether a picture of the mesh shows more than its shape."""
+    return mesh.texture is not None or mesh.colours is not None

@@ -86,7 +86,9 @@ def score_mesh(result: Result, scoring: Scoring) -> Scored:
     mesh, truth = read_mesh(result.path), scoring.load_object(result.truth)
     notes = check_frame(mesh, truth)
     scores = dataclasses.asdict(MESH_PROTOCOLS[scoring.protocol](mesh, truth))
-    return Scored(Row(result.object_name, result.seed, scores, notes), {"mesh": compare_meshes(mesh, truth)})
+    return Scored(
+        Row(result.object_name, result.seed, scores, notes), {"mesh": compare_meshes({"mesh": mesh, "truth": truth})}
+    )
 
 
 def score_asset(result: Result, scoring: Scoring) -> Scored:
@@ -101,7 +103,7 @@ def score_asset(result: Result, scoring: Scoring) -> Scored:
         if result.truth.suffix.lower() in MESH_SUFFIXES:
             parts.append(score_mesh(result._replace(path=result.path / "mesh.glb"), scoring))
     else:
-        parts, pictures = [], {"mesh": compare_meshes(mesh, None)}
+        parts, pictures = [], {"mesh": compare_meshes({"mesh": mesh})}
     for part in parts:
         scores |= part.row.scores
         notes += part.row.notes
@@ -123,7 +125,9 @@ def _against_own_views(mesh: Mesh, orbit: video.Orbit) -> dict[str, float]:
 def _agreement(result: Result, orbit: video.Orbit, scoring: Scoring) -> Scored:
     agreement = self_consistency(orbit, scoring.reconstruct)
     row = Row(result.object_name, result.seed, agreement.scores)
-    return Scored(row, {"halves": compare_meshes(*agreement.meshes)})
+    return Scored(
+        row, {"halves": compare_meshes(dict(zip(("even views", "odd views"), agreement.meshes, strict=True)))}
+    )
 
 
 def _cut_out(found: Views, scoring: Scoring) -> video.Orbit:

@@ -2,8 +2,9 @@
 
 A generated back is not the true one and need not be; but views of a real object agree. After the idea of MVGBench
 (Xie et al. 2025, arXiv 2507.00006), the views are split (even and odd ones), a surface is reconstructed from each half,
-and the two are compared with each other: shapes by the `strict` protocol, looks by drawing both from halfway between
-the cameras. It measures the views and the reconstruction together: the true views of an object are its floor.
+and the two are compared with each other: shapes by the `strict` protocol, looks (where the meshes have colours) by
+drawing both from halfway between the cameras. It measures views and reconstruction together: the true views of an
+object are its floor.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from hi3d_jax.cameras import between_neighbours
+from hi3d_jax.evaluation.pictures import has_colours
 from hi3d_jax.evaluation.protocols import strict
 from hi3d_jax.evaluation.views import EvaluationError, view_scores
 from hi3d_jax.mesh import Mesh, render
@@ -41,13 +43,15 @@ def self_consistency(orbit: Orbit, reconstruct: Reconstruct) -> Agreement:
             f"self-consistency compares halves of {MIN_HALF} views or more; {len(orbit)} views are too few"
         )
     one, other = (reconstruct(_part(orbit, start)) for start in (0, 1))
-    surfaces = dataclasses.asdict(strict(one, other))
+    scores = dataclasses.asdict(strict(one, other))
+    if not (has_colours(one) and has_colours(other)):
+        return Agreement(scores, (one, other))
     cameras = between_neighbours(orbit.cameras, len(orbit))
     shrink = min(DRAWN_SIZE / max(cameras.width, cameras.height), 1.0)
     cameras = cameras.resized(round(cameras.width * shrink), round(cameras.height * shrink))
     drawn = [render(mesh, cameras).views for mesh in (one, other)]
     looks = view_scores(*drawn)
-    return Agreement(surfaces | {"mesh_psnr": looks.psnr, "mesh_ssim": looks.ssim}, (one, other))
+    return Agreement(scores | {"mesh_psnr": looks.psnr, "mesh_ssim": looks.ssim}, (one, other))
 
 
 def _part(orbit: Orbit, start: int) -> Orbit:
