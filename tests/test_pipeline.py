@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -200,6 +201,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(models, tmp_path, monkeypat
         name = f"views/{view:03d}.png"
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (out / "sampling.npz").exists()
+    # The folder is not continued with other weights.
+    shutil.copytree(models / "stage1", tmp_path / "other")
+    with (tmp_path / "other/unet/model.safetensors").open("r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"ab")
+    assert main([*command, "--resume", "--model", str(tmp_path / "other")]) == 2
+    assert "was begun with models.stage1.weights = " in capsys.readouterr().err
 
 
 def interrupt(*_):

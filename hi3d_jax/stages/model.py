@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from hi3d_jax.stages import conditioning
 from hi3d_jax.stages.checks import StageError
 from hi3d_jax.stages.conditioning import ConditionParts, Encoders
 from hi3d_jax.stages.devices import make_device_mesh, parameter_sharding, shared_programs
-from hi3d_jax.stages.memory import plan_memory
+from hi3d_jax.stages.memory import give_back, plan_memory
 from hi3d_jax.stages.programs import (
     ONE_BY_ONE,
     PREVIEW_SHRINK,
@@ -37,6 +38,8 @@ from hi3d_jax.stages.programs import (
 from hi3d_jax.stages.recipe import Recipe, RecipeError
 from hi3d_jax.stages.sampling import Blending, noise_levels, sample
 
+# Of each file, what is read from its beginning and its end to tell models apart.
+END_BYTES = 2**16
 # Is shown the number of each step done and the latents [t h w c] it was headed for.
 Watch = Callable[[int, Array], None]
 
@@ -100,6 +103,21 @@ class StageModel:
         """For progress bars and errors."""
         return f"stage {self.recipe.stage}"
 
+    def fingerprint(self) -> str | None:
+        """Tells models apart by names, sizes and both ends of their weights' files; None where they are not local."""
+        folder = Path(self.source)
+        if not folder.is_dir():
+            return None
+        digest = hashlib.sha256()
+        for path in sorted(folder.glob("*/*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder).as_posix()} {size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(END_BYTES))
+                file.seek(max(size - END_BYTES, 0))
+                digest.update(file.read())
+        return digest.hexdigest()
+
     @contextlib.contextmanager
     def loaded(self, program: Program) -> Iterator[Callable[..., Any]]:
         """`program` with its networks' parameters on the device while the context lasts."""
@@ -120,6 +138,7 @@ class StageModel:
                 for name in fresh:
                     for array in jax.tree.leaves(self._kept.pop(name)):
                         array.delete()
+                give_back()
 
     def _load(self, name: str) -> nnx.Module:
         return from_pretrained(self.source, name, dtype=self.dtype, sharding=self.sharding)

@@ -174,7 +174,11 @@ class Hi3DPipeline:
     def _request(self, pixels: np.ndarray, elevation_deg: float, seed: int, num_steps: int | None, *framing: bool):
         """What decides the result, as JSON."""
         models = {
-            model.name.replace(" ", ""): {"recipe": model.recipe.to_dict(), "dtype": jnp.dtype(model.dtype).name}
+            model.name.replace(" ", ""): {
+                "recipe": model.recipe.to_dict(),
+                "dtype": jnp.dtype(model.dtype).name,
+                "weights": model.fingerprint(),
+            }
             for model in (self.generator, self.refiner)
             if model is not None
         }
