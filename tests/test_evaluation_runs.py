@@ -14,13 +14,13 @@ import trimesh
 from experiments import evaluate as experiment
 from hi3d_jax import cli
 from hi3d_jax.data import normalise, render_orbit
-from hi3d_jax.evaluation import EvaluationError, self_consistency
+from hi3d_jax.evaluation import EvaluationError, self_consistency, view_scores
 from hi3d_jax.evaluation.baselines import copy_input, hull
 from hi3d_jax.evaluation.results import Result
 from hi3d_jax.evaluation.runs import score_all
 from hi3d_jax.evaluation.scoring import Scored, to_size
 from hi3d_jax.evaluation.tables import Row
-from hi3d_jax.images import write_png
+from hi3d_jax.images import resize, write_png
 from hi3d_jax.mesh import Mesh, write_mesh
 from hi3d_jax.video import Orbit, write_orbit
 from hi3d_jax.visual_hull import colours_at
@@ -236,6 +236,20 @@ def test_what_cannot_be_compared_is_said_in_one_line(tmp_path, capsys, orbits, w
     error = capsys.readouterr().err
     assert re.search(complaint, error)
     assert len(error.strip().splitlines()) == 1
+
+
+def test_smaller_views_can_be_enlarged_first(tmp_path, orbits):
+    write_orbit(tmp_path / "truth" / "cone", orbits["cone"])
+    views = np.stack([resize(view, 24, 24) for view in orbits["cone"].views])
+    (tmp_path / "results" / "cone").mkdir(parents=True)
+    for index, view in enumerate(views):
+        write_png(tmp_path / "results" / "cone" / f"{index:03d}.png", view)
+    words = ("--size", 48, "--metrics", "--upscaler", "bicubic")
+    assert evaluate("views", tmp_path / "results", tmp_path / "truth", "-o", tmp_path / "out", *words) == 0
+    [row] = rows_of(tmp_path / "out")
+    doubled = np.repeat(np.repeat(views, 2, axis=1), 2, axis=2)
+    assert float(row["psnr"]) > view_scores(doubled, orbits["cone"].views).psnr
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["upscaler"] == "bicubic"
 
 
 def test_larger_views_are_reduced_by_area_means():

@@ -1,7 +1,7 @@
 """Quality without a ground truth: do disjoint halves of the views describe one object?
 
 A generated back is not the true one and need not be; but views of a real object agree. After the idea of MVGBench
-(Xie et al. 2025, arXiv 2507.00006), the views are split (even and odd ones), a surface is reconstructed from each half,
+(arXiv 2507.00006), the views are split (even and odd ones), a surface is reconstructed from each half,
 and the two are compared with each other: shapes by the `strict` protocol, looks (where the meshes have colours) by
 drawing both from halfway between the cameras. It measures views and reconstruction together: the true views of an
 object are its floor.
