@@ -190,8 +190,10 @@ def test_baselines_are_made_scored_and_compared(tmp_path, truth, meshes, monkeyp
 
 
 def test_a_resumed_run_keeps_what_it_has_and_refuses_other_settings(tmp_path):
-    results = [Result(name, None, tmp_path) for name in ("a", "b")]
-    calls = []
+    (tmp_path / "out").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.mp4").write_bytes(b"x")
+    results, calls = [Result(name, None, tmp_path / f"{name}.mp4") for name in ("a", "b")], []
 
     def score(result):
         calls.append(result.object_name)
@@ -199,13 +201,16 @@ def test_a_resumed_run_keeps_what_it_has_and_refuses_other_settings(tmp_path):
             raise EvaluationError("not yet")
         return Scored(Row(result.object_name, None, {"psnr": float(len(calls))}))
 
-    first = score_all(results, score, tmp_path, "t", {"size": 1}, progress=False)
-    assert [row.error is None for row in first] == [True, False]
-    second = score_all(results, score, tmp_path, "t", {"size": 1}, resume=True, progress=False)
+    def run(size, resume=True):
+        return score_all(results, score, tmp_path / "out", "t", {"size": size}, resume=resume, progress=False)
+
+    assert [row.error is None for row in run(1, resume=False)] == [True, False]
+    assert [row.scores["psnr"] for row in run(1)] == [1, 3]
     assert calls == ["a", "b", "b"]
-    assert [row.scores["psnr"] for row in second] == [1, 3]
+    (tmp_path / "a.mp4").write_bytes(b"changed")
+    assert [row.scores["psnr"] for row in run(1)] == [4, 3]
     with pytest.raises(EvaluationError, match="begun with size = 1, not 2"):
-        score_all(results, score, tmp_path, "t", {"size": 2}, resume=True, progress=False)
+        run(2)
     with pytest.raises(EvaluationError, match="would be called a_b; rename"):
         score_all([Result("a b", None, tmp_path), Result("a_b", None, tmp_path)], score, tmp_path, "t", {})
 

@@ -2,7 +2,8 @@
 
     scores.csv, scores.json    a row per object and seed; means, intervals, settings
     report.html                the same with pictures, in one file
-    objects/NAME.json, NAME@*.jpg    each row and its pictures; a resumed run takes what it finds here
+    objects/NAME.json, NAME@*.jpg    each row and its pictures; a resumed run takes what it finds here, unless the
+                                     result or its truth has changed since
 
 A result that cannot be scored does not stop the others: its row says why, and it is in no mean.
 """
@@ -56,7 +57,7 @@ def score_all(
     rows, pictures = [], {}
     bar = tqdm(stems, desc=title, unit="result", disable=None if progress else True)
     for result, stem in zip(results, bar, strict=True):
-        row = _read_row(kept / f"{stem}.json") if resume else None
+        row = _read_row(kept / f"{stem}.json", _state(result)) if resume else None
         if row is None:
             row = _score(result, score, kept, stem)
         rows.append(row)
@@ -98,13 +99,29 @@ def _score(result: Result, score: Callable[[Result], Scored], kept: Path, stem: 
     for name, picture in scored.pictures.items():
         with written_aside(kept / f"{stem}@{name}.jpg") as aside:
             aside.write_bytes(_jpeg(picture))
-    _write(kept / f"{stem}.json", json.dumps(dataclasses.asdict(scored.row), indent=1) + "\n")
+    document = {"state": _state(result), "row": dataclasses.asdict(scored.row)}
+    _write(kept / f"{stem}.json", json.dumps(document, indent=1) + "\n")
     return scored.row
 
 
-def _read_row(path: Path) -> Row | None:
+def _state(result: Result) -> list[list[int]]:
+    """By which a change of the files behind a result shows: number, bytes and latest time of each place's files."""
+    states = []
+    for place in (result.path, result.truth):
+        files = [] if place is None else [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file()]
+        facts = [file.stat() for file in files]
+        latest = max((fact.st_mtime_ns for fact in facts), default=0)
+        states.append([len(files), sum(fact.st_size for fact in facts), latest])
+    return states
+
+
+def _read_row(path: Path, state: list[list[int]]) -> Row | None:
+    """The row that was kept, if it is of the same files."""
     try:
-        fields = json.loads(path.read_text())
+        document = json.loads(path.read_text())
+        fields = document["row"]
+        if document["state"] != state:
+            return None
         return Row(**{**fields, "notes": tuple(fields["notes"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
