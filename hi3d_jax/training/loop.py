@@ -109,15 +109,17 @@ class Run:
         self.validation_loss: float | None = None
 
     def _begin(self) -> tuple[TrainState, Any]:
-        state, frozen = self.program.initial_state()
+        # First what is stored: making first weights, or reading a start folder, only to throw them away takes memory.
         restored = self.checkpoints.restore(self.program.state, self.program.state_shardings)
         if restored is None:
-            say(f"{self.folder}: {count_parameters(state.params):,} parameters, from the start")
-            return state, frozen
-        state, positions = restored
-        # Positions count batches, which are the same however many processes read them.
-        self.data.set_state(positions[min(jax.process_index(), len(positions) - 1)])
-        say(f"{self.folder}: {count_parameters(state.params):,} parameters, from step {int(state.step)}")
+            state, frozen = self.program.initial_state()
+            where = "the start"
+        else:
+            (state, positions), frozen = restored, self.program.frozen_values()
+            # Positions count batches, which are the same however many processes read them.
+            self.data.set_state(positions[min(jax.process_index(), len(positions) - 1)])
+            where = f"step {int(state.step)}"
+        say(f"{self.folder}: {count_parameters(state.params):,} parameters, from {where}")
         return state, frozen
 
     def finish(self) -> TrainState:
@@ -137,7 +139,7 @@ class Run:
                     bar.update()
                     # The step just taken is still being computed: what is read is the one before.
                     if pending is not None:
-                        self._watch(*pending)
+                        watch_skipped(*pending, config.guard.max_skipped)
                     pending = step, metrics
                     if step % config.log.every_steps == 0 or step == config.steps:
                         bar.set_postfix(
@@ -146,23 +148,12 @@ class Run:
                     with pace.paused():
                         self._at_intervals(step, batch)
                     self._save(step, position, signals.stopped())
-            self._watch(*pending or (step, {}))
+            if pending is not None:
+                watch_skipped(*pending, config.guard.max_skipped)
         finally:
             self.checkpoints.close()
             self.writer.close()
         return self.state
-
-    def _watch(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Says if a step was skipped, and ends the run where too many were."""
-        skipped = int(metrics.get("skipped", 0))
-        if skipped:
-            loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
-            say(f"step {step} is skipped: its loss is {loss:.4g}, its gradient's length {norm:.4g}")
-        if skipped >= self.config.guard.max_skipped:
-            raise TrainingStopped(
-                f"{skipped} steps in a row were skipped, up to step {step}: the weights or the data are spoilt; lower "
-                "optimizer.learning_rate or look at the data, and start from an earlier checkpoint"
-            )
 
     def _log(self, step: int, metrics: Mapping[str, Any], pace: Mapping[str, float]) -> float:
         """Writes a step's metrics down and returns its loss."""
@@ -216,6 +207,19 @@ class Run:
         self.validation_loss = means["loss"]
         self.writer.scalars(step, "validation", means)
         say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in means.items()) + " in validation")
+
+
+def watch_skipped(step: int, metrics: Mapping[str, Any], most: int) -> None:
+    """Says if a step was skipped. Raises `TrainingStopped` where it was the `most`th in a row."""
+    skipped = int(metrics["skipped"])
+    if skipped:
+        loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+        say(f"step {step} is skipped: its loss is {loss:.4g}, its gradient's length {norm:.4g}")
+    if skipped >= most:
+        raise TrainingStopped(
+            f"{skipped} steps in a row were skipped, up to step {step}: the weights or the data are spoilt; lower "
+            "optimizer.learning_rate or look at the data, and start from an earlier checkpoint"
+        )
 
 
 def _quiet() -> bool:

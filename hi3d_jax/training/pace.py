@@ -35,7 +35,7 @@ class Pace:
     def __init__(self, program: TrainProgram):
         self._program, self._examples = program, program.config.data.batch_size
         self._since: tuple[float, int] | None = None
-        self._flops: float | None = None
+        self._flops: int | None = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -142,7 +142,7 @@ class TrainProgram:
 
         return jax.jit(samples)
 
-    def step_flops(self, batch: Mapping[str, Any]) -> float:
+    def step_flops(self, batch: Mapping[str, Any]) -> int:
         """FLOPs that one step's loss and gradients need, as if nothing were recomputed."""
         task = self.config.task
         if hasattr(task, "unet"):

@@ -27,15 +27,16 @@ class GuardState(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """A pytree; `ema` is empty where no average is kept."""
+    """A pytree, of arrays or of what stands for them (shapes, shardings); `ema` is empty where no average is kept."""
 
-    step: Int[Array, ""]
-    params: Values
+    # int32: steps taken, skipped ones among them.
+    step: Any
+    params: Any
     opt_state: Any
-    ema: Values
+    ema: Any
     # Of the run, never changed: step number and purpose are folded in.
-    key: Array
-    guard: GuardState
+    key: Any
+    guard: Any
 
 
 def initial_state(params: Values, optimizer: optax.GradientTransformation, *, ema: bool, key: Array) -> TrainState:

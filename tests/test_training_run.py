@@ -1,0 +1,215 @@
+"""Whole runs of a tiny autoencoder on eight simulated devices: kills, SIGTERM, two processes, damage, full disks."""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.train import load_config, main
+from hi3d_jax.pretrained import PretrainedError, from_pretrained, parameters
+from hi3d_jax.training import sharding
+from hi3d_jax.training.checkpoint import Checkpoints, read_checkpoint, steps_in
+from hi3d_jax.training.config import CheckpointConfig
+from hi3d_jax.training.export import export
+from hi3d_jax.training.loop import TrainingStopped, watch_skipped
+from hi3d_jax.training.metric_writer import read_metrics
+from hi3d_jax.training.program import TrainProgram
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 6
+CONFIG = f"""
+from hi3d_jax.models.vae import AutoencoderConfig
+from hi3d_jax.training.config import CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
+from hi3d_jax.training.tasks import AutoencoderTask
+
+
+def get_config():
+    return TrainConfig(
+        task=AutoencoderTask(vae=AutoencoderConfig(block_channels=(32,), layers_per_block=1), crop=4),
+        steps={STEPS},
+        data=DataConfig(batch_size=8, num_views=1, image_size=8),
+        optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, ema_decay=0.9),
+        checkpoint=CheckpointConfig(every_steps=1, keep=100),
+        log=LogConfig(every_steps={STEPS}, samples_every_steps=0, tensorboard=False),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the config, and a cache of compiled programs that all processes share."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "tiny.py").write_text(CONFIG)
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", before[0] or str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield folder
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+def arguments(place: Path, name: str, *more: str) -> list[str]:
+    return [f"--config={place / 'tiny.py'}", f"--folder={place / name}", *more]
+
+
+def start(place: Path, name: str, *more: str, devices: int = 8) -> subprocess.Popen:
+    """The same run in a process of its own."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, str(ROOT / "experiments" / "train.py"), *arguments(place, name, *more)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=place
+    )
+
+
+def wait_for(process: subprocess.Popen, ready) -> None:
+    while not ready():
+        if process.poll() is not None:
+            pytest.fail(f"the run ended too early: {process.communicate()[0]}")
+        time.sleep(0.002)
+
+
+def program(place: Path, name: str) -> TrainProgram:
+    config = dataclasses.replace(load_config(str(place / "tiny.py")), folder=str(place / name))
+    return TrainProgram(config, sharding.make_mesh(config.mesh))
+
+
+def read(place: Path, name: str, step: int):
+    """Everything that a checkpoint holds, as numbers."""
+    made = program(place, name)
+    state, positions = read_checkpoint(place / name / "checkpoints" / str(step), made.state, made.state_shardings)
+    numbers = jax.tree.map(np.asarray, dataclasses.replace(state, key=jax.random.key_data(state.key)))
+    return numbers, positions
+
+
+@pytest.fixture(scope="module")
+def reference(place):
+    """A run that nothing disturbed."""
+    assert main(arguments(place, "reference")) == 0
+    return place / "reference"
+
+
+def test_a_run_that_is_killed_and_stopped_ends_bit_equal(place, reference):
+    checkpoints = place / "killed" / "checkpoints"
+    process = start(place, "killed")
+    # In the middle of writing: the third checkpoint has its temporary name.
+    wait_for(process, lambda: any(path.name.startswith("3") for path in checkpoints.glob("*")))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    reached = steps_in(checkpoints)
+    assert reached
+    assert max(reached) < STEPS
+    process = start(place, "killed")
+    wait_for(process, lambda: max(steps_in(checkpoints)) > max(reached))
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert f"from step {max(reached)}" in output or f"from step {max(reached) + 1}" in output
+    if process.returncode != 0:
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "was asked to stop" in output
+    assert main(arguments(place, "killed")) == 0
+    one, other = read(place, "killed", STEPS), read(place, "reference", STEPS)
+    jax.tree.map(np.testing.assert_array_equal, one[0], other[0])
+    assert one[1] == other[1], "the input must stand at the same place"
+    assert read_metrics(place / "killed")[STEPS]["loss"] == read_metrics(reference)[STEPS]["loss"]
+
+
+def test_two_processes_train_together_and_one_continues(place, reference):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mesh = ["--mesh.distributed=True", f"--mesh.coordinator=localhost:{port}", "--mesh.num_processes=2", "--steps=2"]
+    processes = [start(place, "pair", *mesh, f"--mesh.process_id={number}", devices=4) for number in (0, 1)]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert main(arguments(place, "pair", "--steps=4")) == 0
+    (pair, positions), (alone, expected) = read(place, "pair", 4), read(place, "reference", 4)
+    assert positions == expected
+    # Sums over devices come in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), pair.params, alone.params)
+
+
+def test_damaged_checkpoints_are_passed_over_with_a_message(place, reference, tmp_path):
+    copy, said = tmp_path / "checkpoints", []
+    subprocess.run(["cp", "-r", reference / "checkpoints", copy], check=True)
+    data = max((copy / str(STEPS) / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    flipped = bytearray(data.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    data.write_bytes(flipped)
+    # Cut short before its checksums were written.
+    (copy / str(STEPS - 1) / "sha256.json").unlink()
+    for file in (copy / str(STEPS - 1) / "state").rglob("manifest.ocdbt"):
+        file.write_bytes(file.read_bytes()[:20])
+    (copy / f"{STEPS + 1}.orbax-checkpoint-tmp-0").mkdir()
+    made = program(place, "reference")
+    checkpoints = Checkpoints(copy, CheckpointConfig(), said.append)
+    state, _ = checkpoints.restore(made.state, made.state_shardings)
+    checkpoints.close()
+    assert int(state.step) == STEPS - 2
+    assert len(said) == 2
+    assert f"step {STEPS} is passed over: state/d/{data.name} is not as it was written" in said[0]
+    assert f"step {STEPS - 1} is passed over" in said[1]
+    assert (copy / f"damaged-{STEPS}").is_dir(), "nothing is deleted"
+
+
+def test_a_full_disk_stops_no_training_and_spoils_no_checkpoint(place, reference, tmp_path):
+    made, said = program(place, "reference"), []
+    state, position = read_checkpoint(reference / "checkpoints" / "4", made.state, made.state_shardings)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=2, keep_best=1), said.append)
+    later = [dataclasses.replace(state, step=state.step + number) for number in range(6)]
+    assert checkpoints.save(later[0], position[0])
+    assert checkpoints.wait()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # No file may grow beyond 10 kB: to the writer, a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        written = checkpoints.save(later[1], position[0]) and checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not written
+    assert "could not be written" in said[0]
+    assert "the checkpoint of step 4 stays" in said[0]
+    assert steps_in(tmp_path / "checkpoints") == [4]
+    for number, loss in ((2, 0.5), (3, 0.1), (4, 0.3), (5, 0.2)):
+        assert checkpoints.save(later[number], position[0], {"validation_loss": loss})
+    checkpoints.close()
+    assert steps_in(tmp_path / "checkpoints") == [7, 8, 9], "the two latest and the best"
+    restored, _ = read_checkpoint(tmp_path / "checkpoints" / "7", made.state, made.state_shardings)
+    jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
+
+
+def test_what_was_learnt_leaves_as_a_model_folder(place, reference):
+    line = export(reference, place / "model", num_batches=2)
+    assert f"the averaged weights of step {STEPS} in float32" in line
+    vae = from_pretrained(place / "model", "vae")
+    expected = read(place, "reference", STEPS)[0].ema["vae"]
+    jax.tree.map(np.testing.assert_array_equal, dict(parameters(vae)), expected)
+    assert vae.config.scaling_factor != load_config(str(place / "tiny.py")).task.vae.scaling_factor
+    with pytest.raises(PretrainedError, match="exists already"):
+        export(reference, place / "model")
+    with pytest.raises(ValueError, match=r"no readable checkpoint of step 99"):
+        export(reference, place / "other", step=99)
+    config = json.loads((reference / "config.json").read_text())
+    assert config["task"]["crop"] == 4
+
+
+def test_too_many_bad_steps_end_the_run():
+    watch_skipped(5, {"skipped": 0}, 3)
+    bad = {"skipped": 3, "loss": np.nan, "gradient_norm": np.inf}
+    with pytest.raises(TrainingStopped, match=r"3 steps in a row were skipped, up to step 7"):
+        watch_skipped(7, bad, 3)
