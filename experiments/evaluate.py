@@ -6,7 +6,8 @@
 
 A system is NAME=FOLDER or NAME=FOLDER:LAYOUT, its folder as `hi3d evaluate` takes it. Each system's own tables and
 report are in OUTPUT/NAME, the comparison in OUTPUT/comparison.md and .json. Baselines are made here from the truths:
-copy_input hands view 0 back for every view, hull carves the true masks of 16 views. Runs go on where they stopped.
+copy_input hands view 0 back for every view, hull carves the true masks of 16 views, floor is the truth itself moved by
+half a thousandth: what no system can be told from. Runs go on where they stopped.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from hi3d_jax.data import load_object, render_orbit
 from hi3d_jax.evaluation import EvaluationError, Row, summarise
 from hi3d_jax.evaluation.baselines import copy_input, hull
 from hi3d_jax.evaluation.importers import read_views
+from hi3d_jax.evaluation.protocols import moved
 from hi3d_jax.evaluation.results import MESH_SUFFIXES, find_truths
 from hi3d_jax.evaluation.tables import as_markdown, comparison_cells
 from hi3d_jax.mesh import write_mesh
 from hi3d_jax.video import Orbit, write_orbit
 
-BASELINES = {"views": ("copy_input",), "meshes": ("hull",)}
+BASELINES = {"views": ("copy_input",), "meshes": ("hull", "floor")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Comparison:
     """Folder for all tables and reports."""
     systems: tuple[str, ...] = ()
     """NAME=FOLDER or NAME=FOLDER:LAYOUT, one or more."""
-    baselines: tuple[Literal["copy_input", "hull"], ...] = ()
+    baselines: tuple[Literal["copy_input", "hull", "floor"], ...] = ()
     """Baselines to compare with."""
     protocol: Literal["syncdreamer", "strict"] = "syncdreamer"
     """How scores are taken."""
@@ -127,9 +129,10 @@ def make_baseline(name: str, config: Comparison) -> Path:
     """The folder with this baseline's results for every truth; what is there already stays."""
     folder = config.output / "baselines" / f"{name}_{config.elevation_deg:g}"
     for object_name, truth in tqdm(find_truths(config.truth, config.split).items(), desc=name, disable=None):
-        if name == "hull" and not (folder / f"{object_name}.ply").exists():
+        if name in BASELINES["meshes"] and not (folder / f"{object_name}.ply").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_mesh(folder / f"{object_name}.ply", hull(_orbit(truth, 256, config)))
+            mesh = hull(_orbit(truth, 256, config)) if name == "hull" else moved(load_object(truth))
+            write_mesh(folder / f"{object_name}.ply", mesh)
         if name == "copy_input" and not (folder / object_name / "cameras.json").exists():
             orbit = _orbit(truth, config.size or 256, config)
             copied = Orbit(copy_input(orbit.views), np.ones_like(orbit.alphas), orbit.cameras)

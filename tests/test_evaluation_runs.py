@@ -173,17 +173,18 @@ def test_baselines_are_made_scored_and_compared(tmp_path, truth, meshes, monkeyp
     (tmp_path / "results").mkdir()
     write_mesh(tmp_path / "results" / "cone.ply", meshes["cone"])
     monkeypatch.setattr("experiments.evaluate.hull", functools.partial(hull, resolution=48))
-    for what, system, baseline in (("meshes", True, "hull"), ("views", False, "copy_input")):
-        words = [what, str(truth), "-o", str(tmp_path / what), "--baselines", baseline, "--size", "48", "--metrics"]
+    for what, system, baselines in (("meshes", True, ("hull", "floor")), ("views", False, ("copy_input",))):
+        words = [what, str(truth), "-o", str(tmp_path / what), "--baselines", *baselines, "--size", "48", "--metrics"]
         words += ["--systems", f"exact={tmp_path / 'results'}"] if system else []
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
         experiment.main()
         table = capsys.readouterr().out
-        assert f"| {baseline} |" in table
+        assert all(f"| {baseline} |" in table for baseline in baselines)
         assert table == (tmp_path / what / "comparison.md").read_text()
         scores = json.loads((tmp_path / what / "comparison.json").read_text())
         if system:
-            assert scores["exact"]["iou"]["mean"] > scores["hull"]["iou"]["mean"] > 0.7
+            exact, floor, carved = (scores[name]["chamfer"]["mean"] for name in ("exact", "floor", "hull"))
+            assert exact < floor < carved < 0.05
         else:
             # The first view is the input itself.
             assert scores["copy_input"]["psnr"]["mean"] > scores["copy_input"]["psnr_without_first"]["mean"] > 10

@@ -152,12 +152,14 @@ class Evaluate:
         """What decides the scores, for the report and for resuming."""
         from importlib.metadata import version
 
-        names = ("protocol", "layout", "reverse", "size", "elevation_deg", "radius", "fov_deg", "light")
+        of_views = ("layout", "reverse", "size", "elevation_deg", "radius", "fov_deg", "light")
+        names = ("protocol", *(of_views if self.what != "meshes" else ()))
         chosen = {name: getattr(scoring, name) for name in names}
         places = {"results": str(self.results), "truth": None if self.truth is None else str(self.truth)}
         alone = {"reconstruct_by": self.reconstruct_by} if self.protocol == "self-consistency" else {}
         more = {"upscaler": self.upscaler} if self.upscaler else {}
-        return places | chosen | alone | more | {"metrics": list(scoring.metrics), "hi3d_jax": version("hi3d_jax")}
+        more |= {"metrics": list(scoring.metrics)} if scoring.metrics else {}
+        return places | chosen | alone | more | {"hi3d_jax": version("hi3d_jax")}
 
 
 def reconstruct_by(way: str):

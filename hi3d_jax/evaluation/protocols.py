@@ -104,8 +104,12 @@ MESH_PROTOCOLS: dict[str, Callable[[Mesh, Mesh], SyncdreamerScores | StrictScore
 
 def floors(protocol: Callable[[Mesh, Mesh], Scores], truth: Mesh) -> tuple[Scores, Scores]:
     """What `protocol` says of the truth against itself, and against itself moved by .0005 along the diagonal."""
-    moved = dataclasses.replace(truth, vertices=truth.vertices + np.float32(FLOOR_SHIFT / 3**0.5))
-    return protocol(truth, truth), protocol(moved, truth)
+    return protocol(truth, truth), protocol(moved(truth), truth)
+
+
+def moved(mesh: Mesh) -> Mesh:
+    """`mesh`, moved by `FLOOR_SHIFT` along the diagonal."""
+    return dataclasses.replace(mesh, vertices=mesh.vertices + np.float32(FLOOR_SHIFT / 3**0.5))
 
 
 def check_frame(mesh: Mesh, truth: Mesh) -> tuple[str, ...]:
