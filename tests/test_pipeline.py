@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -285,10 +286,11 @@ def test_a_folder_without_a_network_it_needs_is_refused(models, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_programs_of_any_sizes_fit_together(stage):
-    """The paper's recipe, an autoencoder that shrinks fourfold, several views at once: traced, not run."""
+    """The paper's recipe, an autoencoder that shrinks fourfold, several views at once, bfloat16: traced, not run."""
     recipe = dataclasses.replace(Recipe.paper(stage), num_views=6, image_size=128)
     sizes = tiny_networks(recipe) | {"vae": (Autoencoder, AutoencoderConfig(block_channels=(32, 32, 32)))}
-    networks = {name: abstract_network(*described) for name, described in sizes.items()}
+    dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    networks = {name: abstract_network(*described, **dtypes) for name, described in sizes.items()}
     programs = make_programs(recipe, networks, Chunking(encode_views=4, decode_views=2))
 
     def shapes(name: str):
