@@ -127,16 +127,16 @@ def missing_shards(folder: str | Path, plan: Plan) -> list[int]:
     return [shard for shard in range(len(plan.shards)) if shards.read_note(folder, shard) is None]
 
 
-def render_shard(folder: str | Path, plan: Plan, shard: int) -> dict:
-    """Renders one shard of the plan; returns its note: file, records and what was skipped."""
+def render_shard(folder: str | Path, shard: int, assets: tuple[Asset, ...], settings: RenderSettings) -> dict:
+    """Renders one shard, `assets` of a plan; returns its note: file, records and what was skipped."""
     deaths = shards.shard_path(folder, shard, ".deaths")
     skipped: list[dict] = []
 
     def rendered() -> Iterator[OrbitRecord]:
-        for asset in plan.shards[shard]:
+        for asset in assets:
             try:
                 with _blame(deaths, asset):
-                    orbits = list(render_asset(asset, plan.settings))
+                    orbits = list(render_asset(asset, settings))
             except (MeshError, CameraError, images.ImageError, MemoryError, OSError) as error:
                 if getattr(error, "errno", None) == errno.ENOSPC:
                     raise  # the disk is full, which is not the object's fault

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from hi3d_jax.data.dataset import Plan, acquit, render_shard
+from hi3d_jax.data.dataset import Plan, RenderSettings, acquit, render_shard
+from hi3d_jax.data.sources import Asset
 
 # Deaths of worker processes in a row, without a shard coming out, after which something else than an asset is wrong.
 MAX_BREAKS = 24
@@ -25,7 +26,7 @@ def run_processes(folder: str | Path, plan: Plan, shards: list[int], workers: in
     """
     if workers == 1:
         for shard in shards:
-            yield shard, render_shard(folder, plan, shard)
+            yield shard, render_shard(folder, *_work(plan, shard))
         return
     waiting, breaks = list(shards), 0
     while waiting:
@@ -42,12 +43,17 @@ def run_processes(folder: str | Path, plan: Plan, shards: list[int], workers: in
                 ) from error
 
 
+def _work(plan: Plan, shard: int) -> tuple[int, tuple[Asset, ...], RenderSettings]:
+    """What a worker needs: a plan of 46,000 objects would be 10 MB for each of its shards."""
+    return shard, plan.shards[shard], plan.settings
+
+
 def _run_pool(folder, plan: Plan, shards: list[int], workers: int) -> Iterator[tuple[int, dict]]:
     others = set(multiprocessing.active_children())
     # Not fork: JAX and Embree have threads, which a forked child does not get.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, _prepare_worker) as pool:
-        futures = {pool.submit(render_shard, str(folder), plan, shard): shard for shard in shards}
+        futures = {pool.submit(render_shard, str(folder), *_work(plan, shard)): shard for shard in shards}
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
@@ -92,8 +98,8 @@ def run_ray(
     try:
         # A task whose worker or machine dies is given to another worker.
         task = ray.remote(num_cpus=1, max_retries=MAX_BREAKS)(render_shard)
-        shared_plan = ray.put(plan)
-        running = {task.remote(str(Path(folder).resolve()), shared_plan, shard): shard for shard in shards}
+        folder = str(Path(folder).resolve())
+        running = {task.remote(folder, *_work(plan, shard)): shard for shard in shards}
         while running:
             done, _ = ray.wait(list(running), num_returns=1)
             for reference in done:

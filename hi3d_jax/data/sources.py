@@ -8,6 +8,7 @@ package keeps, of which the LVIS subset is taken (paper section 4.2).
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -101,8 +102,9 @@ def _from_files(folder: Path) -> list[Asset]:
     assets = [Asset(str(scan.relative_to(folder)), str(scan.resolve()), _scan_about(scan)) for scan in sorted(scans)]
     loose = [path for path in files if not any(parent in scans for parent in path.parents)]
     stems = [path.relative_to(folder).with_suffix("").as_posix() for path in loose]
+    counts = collections.Counter(stems)
     for path, stem in zip(loose, stems, strict=True):
-        name = stem if stems.count(stem) == 1 else path.relative_to(folder).as_posix()
+        name = stem if counts[stem] == 1 else path.relative_to(folder).as_posix()
         parents = path.relative_to(folder).parts[:-1]
         assets.append(Asset(name, str(path.resolve()), {"category": parents[0]} if parents else {}))
     return assets
