@@ -4,7 +4,7 @@ from hi3d_jax.splatting.fit import FitConfig, fit
 from hi3d_jax.splatting.gaussians import Gaussians
 from hi3d_jax.splatting.initialise import from_points
 from hi3d_jax.splatting.ply import SplatFileError, read_ply, write_ply
-from hi3d_jax.splatting.rasterize import LightStops, Rendering, capacity_for, light_stops, render
+from hi3d_jax.splatting.rasterize import LightStops, Rendering, capacity_for, capacity_for_all, light_stops, render
 
 __all__ = [
     "FitConfig",
@@ -13,6 +13,7 @@ __all__ = [
     "Rendering",
     "SplatFileError",
     "capacity_for",
+    "capacity_for_all",
     "fit",
     "from_points",
     "light_stops",

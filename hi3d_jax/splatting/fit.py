@@ -22,7 +22,7 @@ from hi3d_jax.splatting.gaussians import Gaussians
 from hi3d_jax.splatting.initialise import from_points
 from hi3d_jax.splatting.losses import photometric
 from hi3d_jax.splatting.projection import project
-from hi3d_jax.splatting.rasterize import capacity_for, rasterize
+from hi3d_jax.splatting.rasterize import capacity_for_all, rasterize
 from hi3d_jax.splatting.spherical_harmonics import num_coefficients
 from hi3d_jax.splatting.tiles import Capacity, bin_footprints
 
@@ -99,9 +99,9 @@ class _Level:
         self.targets = [jnp.asarray(target) for target in targets]
         self.w2c, self.K = jnp.asarray(cameras.w2c), jnp.asarray(cameras.K)
         self.size = cameras.width, cameras.height
-        sizes = [capacity_for(gaussians, w2c, K, *self.size) for w2c, K in zip(self.w2c, self.K, strict=True)]
+        needed = capacity_for_all(gaussians, self.w2c, self.K, *self.size)
         # Room beyond what the start needs: growing later costs another compilation, idle room the time to sort it.
-        self.capacity = Capacity.holding(3 * max(s.pairs for s in sizes) // 2, 3 * max(s.steps for s in sizes) // 2)
+        self.capacity = Capacity.holding(3 * needed.pairs // 2, 3 * needed.steps // 2)
 
     @staticmethod
     def of(views, alphas, cameras: Cameras, gaussians: Gaussians) -> _Level:

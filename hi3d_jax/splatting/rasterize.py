@@ -81,16 +81,24 @@ class LightStops(NamedTuple):
     spread: Float[Array, "h w"]
 
 
-def light_stops(gaussians: Gaussians, w2c, K, width: int, height: int) -> LightStops:
+def light_stops(gaussians: Gaussians, w2c, K, width: int, height: int, capacity: Capacity | None = None) -> LightStops:
     """Depths with their doubt: where the Gaussians are half transparent, `mean` lies behind the surface by about a
-    `spread`, as it does exactly for a uniform haze behind a surface, so that `mean - spread` is in front of it."""
-    capacity = capacity_for(gaussians, w2c, K, width, height)
+    `spread`, as it does exactly for a uniform haze behind a surface, so that `mean - spread` is in front of it.
+    `capacity`: as for `render`; all of the result is NaN where it is too small."""
+    if capacity is None:
+        capacity = capacity_for(gaussians, w2c, K, width, height)
     return _light_stops(gaussians, jnp.asarray(w2c), jnp.asarray(K), width, height, capacity)
 
 
 def capacity_for(gaussians: Gaussians, w2c, K, width: int, height: int) -> Capacity:
     """The capacity with which this camera's view of the Gaussians can be drawn, rounded up to powers of two."""
     return Capacity.holding(*np.asarray(_needed(gaussians, jnp.asarray(w2c), jnp.asarray(K), width, height)).tolist())
+
+
+def capacity_for_all(gaussians: Gaussians, w2c, K, width: int, height: int) -> Capacity:
+    """One capacity for all cameras `w2c` [t 4 4], `K` [t 3 3]: drawing them compiles once instead of several times."""
+    sizes = [capacity_for(gaussians, one, other, width, height) for one, other in zip(w2c, K, strict=True)]
+    return Capacity(max(size.pairs for size in sizes), max(size.steps for size in sizes))
 
 
 @jax.jit(static_argnums=(3, 4))
@@ -114,7 +122,8 @@ def _light_stops(gaussians, w2c, K, width, height, capacity) -> LightStops:
     z = footprints.depths - middle
     drawn = rasterize(footprints._replace(colours=jnp.stack([z, z * z, z], axis=1)), lists, width, height, 0.0)
     first, second, _ = jnp.moveaxis(drawn.colour / jnp.maximum(drawn.alpha, MIN_ALPHA)[..., None], -1, 0)
-    shown = drawn.alpha > 0
+    # Where the lists overflowed, alpha is NaN and so is everything.
+    shown = ~(drawn.alpha == 0)
     spread = jnp.sqrt(jnp.maximum(second - first * first, 0.0))
     return LightStops(jnp.where(shown, first + middle, 0.0), jnp.where(shown, spread, 0.0))
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,8 @@ from hi3d_jax.stages.presets import ReconstructConfig
 from hi3d_jax.stages.run_record import RunRecord
 from hi3d_jax.stages.steps import Steps
 from hi3d_jax.video import Orbit, write_mp4, write_orbit
+
+Made = TypeVar("Made")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +133,7 @@ class _Fits:
     def draw_between(self, gaussians: Gaussians) -> Orbit:
         """The Gaussians as seen from halfway between the views."""
         cameras = between_neighbours(self.small.cameras, self.config.num_interpolated)
-        drawn = [
-            splatting.render(gaussians, w2c, K, cameras.width, cameras.height)
-            for w2c, K in zip(cameras.w2c, cameras.K, strict=True)
-        ]
+        drawn = list(_drawn(splatting.render, gaussians, cameras))
         views = np.stack([np.clip(picture.colour, 0, 1) for picture in drawn])
         alphas = np.stack([np.clip(picture.alpha, 0, 1) for picture in drawn])
         return Orbit(views, alphas, cameras)
@@ -162,11 +162,15 @@ class _Fits:
 
 def _fronts(gaussians: Gaussians, cameras: Cameras) -> Float[np.ndarray, "t h w"]:
     """Depths up to which the Gaussians leave space empty."""
-    fronts = []
+    return np.stack([np.asarray(s.mean - s.spread) for s in _drawn(splatting.light_stops, gaussians, cameras)])
+
+
+def _drawn(draw: Callable[..., Made], gaussians: Gaussians, cameras: Cameras) -> Iterator[Made]:
+    """What `draw` (of splatting/) gives for each camera."""
+    size = cameras.width, cameras.height
+    capacity = splatting.capacity_for_all(gaussians, cameras.w2c, cameras.K, *size)
     for w2c, K in zip(cameras.w2c, cameras.K, strict=True):
-        stops = splatting.light_stops(gaussians, w2c, K, cameras.width, cameras.height)
-        fronts.append(np.asarray(stops.mean - stops.spread))
-    return np.stack(fronts)
+        yield draw(gaussians, w2c, K, *size, capacity=capacity)
 
 
 def _write_views(path: Path, orbit: Orbit) -> None:
