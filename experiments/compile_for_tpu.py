@@ -2,11 +2,14 @@
 
 XLA's TPU compiler runs on any machine (`pip install -e ".[tpu]"`). What it says is exact: bytes that each device holds,
 and whether they fit. `--mode=sample` compiles one step of sampling as the pipeline runs it (both halves of the
-guidance, 16 views, the step). Seconds are floors: arithmetic at the chip's peak rate, or each byte of the parameters
-once over its memory bus, whichever is longer.
+guidance, 16 views), `--mode=train` a training step as experiments/train.py runs it with the config of that name (state
+sharded by its mesh rules, frozen networks included). Seconds are floors: arithmetic at the chip's peak rate, or each
+byte of the arguments once over its memory bus, whichever is longer. For training, videos per second are what 40 % of
+the peak rate would give, recomputation for the backward pass counted as work.
 
     python experiments/compile_for_tpu.py --config=stage1 --topology=v5e:2x2 --devices=1
     python experiments/compile_for_tpu.py --config=stage2 --topology=v5e:2x4
+    python experiments/compile_for_tpu.py --config=stage1 --mode=train --topology=v5e:4x4
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import topologies
 
+from experiments.train import load_config
 from hi3d_jax.models.aesthetic import AestheticConfig, AestheticPredictor
 from hi3d_jax.models.clip import CLIPVision, CLIPVisionConfig
 from hi3d_jax.models.depth import DPT, DPTConfig
@@ -38,10 +42,12 @@ from hi3d_jax.models.unet import UNet, UNetConfig
 from hi3d_jax.models.vae import Autoencoder, AutoencoderConfig
 from hi3d_jax.pretrained import abstract_network
 from hi3d_jax.stages.devices import make_device_mesh, shared_programs
-from hi3d_jax.stages.memory import argument_bytes, program_bytes
-from hi3d_jax.stages.programs import Chunking, Program
+from hi3d_jax.stages.memory import argument_bytes, beside_arguments, device_bytes
+from hi3d_jax.stages.programs import Chunking
 from hi3d_jax.stages.recipe import Recipe
 from hi3d_jax.stages.tiny import tiny_networks
+from hi3d_jax.training.program import TrainProgram
+from hi3d_jax.training.sharding import batch_shardings, make_mesh
 
 
 class Chip(NamedTuple):
@@ -72,8 +78,17 @@ def full_networks(recipe: Recipe) -> dict[str, tuple[type[nnx.Module], Any]]:
     }
 
 
-def sampling_program(args: argparse.Namespace, devices: list[Any]) -> Program:
+class Work(NamedTuple):
+    """A traced program, and the bytes of its arguments on each device."""
+
+    traced: Any
+    argument_bytes: int
+
+
+def sampling(args: argparse.Namespace, devices: list[Any]) -> Work:
     """The chosen program of a stage, placed on the devices."""
+    if args.config not in ("stage1", "stage2"):
+        raise SystemExit(f"--config={args.config}: --mode=sample compiles stage1 or stage2")
     recipe = Recipe.official(1 if args.config == "stage1" else 2)
     sizes = tiny_networks(recipe) if args.tiny else full_networks(recipe)
     dtype = jnp.dtype(args.dtype)
@@ -83,13 +98,32 @@ def sampling_program(args: argparse.Namespace, devices: list[Any]) -> Program:
     programs = shared_programs(recipe, networks, chunking, mesh, spread_parameters=args.spread_parameters)
     if args.program not in programs:
         raise SystemExit(f"--program={args.program} is unknown; {args.config} has {', '.join(programs)}")
-    return programs[args.program]
+    return Work(programs[args.program].trace(), argument_bytes(programs[args.program]))
 
 
-def report(chip: Chip, devices: int, program: Program, flops: int, compiled: Any) -> dict[str, Any]:
+def training(args: argparse.Namespace, devices: list[Any]) -> Work:
+    """The training step of a config, its batch as pictures."""
+    config = load_config(args.config)
+    mesh = make_mesh(config.mesh, devices)
+    program = TrainProgram(config, mesh)
+    count, data = args.batch_size or config.data.batch_size, config.data
+    views = (count, data.num_views, data.image_size, data.image_size)
+    batch = {"views": ((*views, 4), jnp.uint8), "elevation_deg": ((count,), jnp.float32)}
+    if data.coarse is not None:
+        batch["coarse"] = (*views, 3), jnp.uint8
+    specs = {name: jax.ShapeDtypeStruct(*spec) for name, spec in batch.items()}
+    trees = (program.state, program.frozen, specs)
+    shardings = (program.state_shardings, program.frozen_shardings, batch_shardings(mesh, specs))
+    placed = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), trees, shardings)
+    # Keys are opaque and tiny.
+    numbers = [leaf for leaf in jax.tree.leaves(placed) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    return Work(program.step.trace(*placed), device_bytes(numbers))
+
+
+def report(chip: Chip, devices: int, arguments: int, flops: int, compiled: Any) -> dict[str, Any]:
     """What was compiled, in numbers: bytes are of one device, seconds are floors."""
     memory = compiled.memory_analysis()
-    arguments, total = argument_bytes(program), program_bytes(program, compiled)
+    total = arguments + beside_arguments(compiled)
     arithmetic, bus = flops / devices / chip.flops, memory.argument_size_in_bytes / chip.bandwidth
     sizes = {
         "arguments": arguments,
@@ -111,8 +145,8 @@ def report(chip: Chip, devices: int, program: Program, flops: int, compiled: Any
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, choices=["stage1", "stage2"])
-    parser.add_argument("--mode", default="sample", choices=["sample"])
+    parser.add_argument("--config", required=True, help="stage1 or stage2; to train, any of experiments/configs")
+    parser.add_argument("--mode", default="sample", choices=["sample", "train"])
     parser.add_argument("--topology", default="v5e:2x2", help="chip and slice: v5e:2x4, v5p:2x2x1, v6e:2x2, ...")
     parser.add_argument("--devices", type=int, help="use only so many chips of the slice (there is none of a single)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -123,6 +157,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--effort", type=float, default=-1.0, help="of the compiler's search for speed, -1 to 1; 0, its own, takes 5 x"
     )
+    parser.add_argument("--batch-size", type=int, help="orbits of a training step; default: the config's")
+    parser.add_argument("--trace-only", action="store_true", help="count arithmetic and arguments, compile nothing")
     parser.add_argument("--tiny", action="store_true", help="the smallest networks, to try the command")
     args = parser.parse_args(arguments)
     chip = args.topology.partition(":")[0]
@@ -136,17 +172,24 @@ def main(arguments: list[str] | None = None) -> int:
     chip = CHIPS[args.topology.partition(":")[0]]
     try:
         devices = list(topologies.get_topology_desc(args.topology, "tpu").devices)[: args.devices]
-        program = sampling_program(args, devices)
         start = time.perf_counter()
-        traced = program.trace()
-        flops = count_flops(traced.jaxpr)
+        work = {"sample": sampling, "train": training}[args.mode](args, devices)
+        flops = count_flops(work.traced.jaxpr)
         print(f"traced in {time.perf_counter() - start:.1f} s, {flops / 1e12:.2f} TFLOP; compiling", file=sys.stderr)
         start = time.perf_counter()
-        compiled = traced.lower().compile({"exec_time_optimization_effort": args.effort})
+        compiled = (
+            None if args.trace_only else work.traced.lower().compile({"exec_time_optimization_effort": args.effort})
+        )
     except jax.errors.JaxRuntimeError as error:
         print(f"{args.config} on {len(devices)} of {args.topology}: {error}", file=sys.stderr)
         return 1
-    numbers = report(chip, len(devices), program, flops, compiled)
+    if compiled is None:
+        print(json.dumps({"arguments_gib": round(work.argument_bytes / 2**30, 3), "tflops": round(flops / 1e12, 2)}))
+        return 0
+    numbers = report(chip, len(devices), work.argument_bytes, flops, compiled)
+    if args.mode == "train":
+        orbits = args.batch_size or load_config(args.config).data.batch_size
+        numbers["videos_per_second_at_40_percent"] = round(0.4 * orbits * chip.flops * len(devices) / flops, 3)
     numbers["compile_seconds"] = round(time.perf_counter() - start, 1)
     print(json.dumps({"config": args.config, "mode": args.mode, "topology": args.topology, **numbers}), flush=True)
     return 0
