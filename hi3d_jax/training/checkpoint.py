@@ -13,6 +13,7 @@ with 1.0.
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import json
 import shutil
@@ -49,7 +50,6 @@ class Checkpoints:
             keep.append(best)
         context = ocp.Context()
         context.atomicity.mode = type(context.atomicity.mode).ATOMIC_RENAME
-        context.asynchronous.post_finalization_callback = self._write_checksums
         self._saver = ocp.training.Checkpointer(
             self._folder,
             context=context,
@@ -57,6 +57,8 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
         )
+        self._summing = concurrent.futures.ThreadPoolExecutor(1)
+        self._summed: concurrent.futures.Future | None = None
 
     def save(self, state: TrainState, data_state: Any, metrics: Mapping[str, float] | None = None) -> bool:
         """Begins to write the state and the input's position; False where that failed, and then training may go on.
@@ -69,7 +71,9 @@ class Checkpoints:
         contents = {"state": _named(state), "data": {"processes": _of_all_processes(data_state)}}
         try:
             self._finish()
-            self._saver.save_checkpointables_async(step, contents, force=True, metrics=dict(metrics or {}) or None)
+            numbers = dict(metrics or {}) or None
+            response = self._saver.save_checkpointables_async(step, contents, force=True, metrics=numbers)
+            self._summed = self._summing.submit(self._sum_up, response, self._folder / str(step))
         except Exception as error:
             self._failed(error)
             return False
@@ -84,8 +88,16 @@ class Checkpoints:
             return False
         return True
 
+    def _sum_up(self, response: Any, path: Path) -> None:
+        response.result()
+        if jax.process_index() == 0:
+            write_checksums(path)
+
     def _finish(self) -> None:
+        summed, self._summed = self._summed, None
         self._saver.wait()
+        if summed is not None:
+            summed.result()
 
     def _failed(self, error: Exception) -> None:
         last = max(self.steps(), default=None)
@@ -116,14 +128,10 @@ class Checkpoints:
         _barrier("set aside")
         self._saver.reload()
 
-    def _write_checksums(self) -> None:
-        for path in self._folder.iterdir():
-            if path.name.isdigit() and not (path / CHECKSUMS).exists():
-                write_checksums(path)
-
     def close(self) -> None:
         """Waits for what is being written."""
         self.wait()
+        self._summing.shutdown()
         self._saver.close()
 
 
