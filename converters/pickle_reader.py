@@ -42,6 +42,22 @@ class Inert:
     name: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Blank:
+    """A class whose objects are only their attributes."""
+
+    name: str
+
+
+class Attributes(dict):
+    """An object of such a class: its attributes by name."""
+
+    def set_state(self, state: Any) -> None:
+        if type(state) is not dict:
+            raise RefusedPickle(f"it sets attributes of an object to a {type(state).__name__}")
+        self.update(state)
+
+
 class _Mark:
     """Where an opcode's items start on the stack."""
 
@@ -51,14 +67,16 @@ def read_pickle(
     constructors: Mapping[str, Callable[..., Any]],
     persistent: Callable[[Any], Any] | None = None,
     inert: Collection[str] = (),
+    blank: str | None = None,
 ) -> Any:
     """The object of the pickle at the stream's position, which is left behind the pickle's end.
 
     `constructors` maps "module.name" to what builds its objects; an object with a method `set_state` may be given a
     state. `persistent` turns a persistent id into an object. Globals named in `inert` become `Inert` placeholders:
-    neither their code nor their data is looked at. Raises `RefusedPickle`.
+    neither their code nor their data is looked at. Globals whose names begin with `blank` are classes of which only the
+    objects' attributes are read. Raises `RefusedPickle`.
     """
-    machine = _Machine(constructors, persistent, inert)
+    machine = _Machine(constructors, persistent, inert, blank)
     bounded = _Bounded(stream)
     try:
         for _ in range(MAX_OPCODES):
@@ -100,8 +118,8 @@ def _two_lines(stream: _Bounded) -> tuple[str, str]:
 class _Machine:
     """The stack and the memo of one pickle."""
 
-    def __init__(self, constructors, persistent, inert):
-        self._constructors, self._persistent, self._inert = constructors, persistent, inert
+    def __init__(self, constructors, persistent, inert, blank):
+        self._constructors, self._persistent, self._inert, self._blank = constructors, persistent, inert, blank
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._copied = 0
@@ -162,6 +180,8 @@ class _Machine:
             self._stack.append(Global(full, self._constructors[full]))
         elif full in self._inert:
             self._stack.append(Inert(full))
+        elif self._blank is not None and full.startswith(self._blank):
+            self._stack.append(_Blank(full))
         else:
             raise RefusedPickle(f"it asks for {full}, which is not on the list of harmless names")
 
@@ -189,7 +209,9 @@ class _Machine:
     def new_object(self, _) -> None:
         self._pop()
         made = self._pop()
-        if not isinstance(made, Inert):
+        if isinstance(made, _Blank):
+            made = Attributes()
+        elif not isinstance(made, Inert):
             raise RefusedPickle(
                 f"it makes an object of {getattr(made, 'name', type(made).__name__)} without its constructor"
             )

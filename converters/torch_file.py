@@ -2,8 +2,9 @@
 
 Nothing in a file is executed: its pickle is read by pickle_reader.py, which builds containers and tensors only. Four
 layouts are understood, told apart by their first bytes: safetensors; torch's zip archive (data.pkl beside one member
-per storage, stored uncompressed); torch's older layout (four pickles, then the storages); and a plain pickle of nested
-dictionaries of numpy arrays (Flax's old habit). Tensors are views into the mapped file wherever the layout allows.
+per storage, stored uncompressed), that of TorchScript programs (OpenAI's CLIP) included; torch's older layout (four
+pickles, then the storages); and a plain pickle of nested dictionaries of numpy arrays (Flax's old habit). Tensors are
+views into the mapped file wherever the layout allows.
 
 Convention: `open_checkpoint` flattens nested dictionaries to dotted keys, takes what lies under "state_dict" or
 "module" where there is such an entry, and strips the "module." with which DeepSpeed prefixes every key; `notes` says
@@ -31,6 +32,9 @@ _MAX_NESTING = 32
 _MAX_ENTRIES = 300_000
 _MAX_KEY_LENGTH = 1000
 _WRAPPERS = ("state_dict", "module")
+# How TorchScript names the classes of a program's modules.
+_SCRIPT_CLASSES = "__torch__."
+_SCRIPT_NOTE = "took the tensors of a TorchScript program and left its code alone"
 
 
 class CheckpointError(ValueError):
@@ -109,8 +113,8 @@ def _remedy(error: Exception) -> str:
 _Resolver = Callable[[Storage], np.ndarray]
 
 
-def _read_zip(stream: BinaryIO, data: np.ndarray, inert: Collection[str]) -> tuple[Any, _Resolver]:
-    """The object of torch's zip archive, and what gives a storage's bytes."""
+def _read_zip(stream: BinaryIO, data: np.ndarray, inert: Collection[str]) -> tuple[Any, _Resolver, tuple[str, ...]]:
+    """The object of torch's zip archive, what gives a storage's bytes, and what is to be noted."""
     with zipfile.ZipFile(stream) as archive:
         members = {info.filename: info for info in archive.infolist()}
         if len(members) != len(archive.infolist()):
@@ -118,8 +122,6 @@ def _read_zip(stream: BinaryIO, data: np.ndarray, inert: Collection[str]) -> tup
     roots = [name.removesuffix("data.pkl") for name in members if name.rpartition("/")[2] == "data.pkl"]
     if len(roots) != 1:
         raise CheckpointError(f"it is a zip archive, but no torch checkpoint: it has {len(roots)} data.pkl")
-    if f"{roots[0]}constants.pkl" in members:
-        raise CheckpointError("it is a TorchScript program, not a checkpoint; save its state_dict() instead")
     order = members.get(f"{roots[0]}byteorder")
     if order and _member(data, order).tobytes() != b"little":
         raise CheckpointError("it was saved on a big-endian machine; save it again on a little-endian one")
@@ -133,7 +135,9 @@ def _read_zip(stream: BinaryIO, data: np.ndarray, inert: Collection[str]) -> tup
             raise CheckpointError(f"the archive lacks the storage {storage.key!r}")
         return _sized(_member(data, info), storage)
 
-    return read_pickle(io.BytesIO(pickle), CONSTRUCTORS, storage_of, inert), resolve
+    script = f"{roots[0]}constants.pkl" in members
+    tree = read_pickle(io.BytesIO(pickle), CONSTRUCTORS, storage_of, inert, _SCRIPT_CLASSES if script else None)
+    return tree, resolve, (_SCRIPT_NOTE,) if script else ()
 
 
 def _member(data: np.ndarray, info: zipfile.ZipInfo) -> np.ndarray:
@@ -195,9 +199,9 @@ def _no_storage(storage: Storage) -> np.ndarray:
     raise CheckpointError(f"it refers to the storage {storage.key!r}, but has none")
 
 
-def _flatten(tree: Any, resolve: _Resolver) -> Checkpoint:
+def _flatten(tree: Any, resolve: _Resolver, noted: tuple[str, ...] = ()) -> Checkpoint:
     """Nested dictionaries as one of dotted keys, with the wrappers named in the module's text taken off."""
-    notes = []
+    notes = list(noted)
     for _ in range(_MAX_NESTING):
         wrapper = next((key for key in _WRAPPERS if isinstance(tree, dict) and isinstance(tree.get(key), dict)), None)
         if wrapper is None:
