@@ -3,7 +3,6 @@
 import io
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import zipfile
@@ -14,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from torch_archives import tensor_pickle, write_zip
 
 from converters import pickle_reader
 from converters.torch_file import CheckpointError, open_checkpoint
@@ -24,37 +24,6 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def torch():
     return pytest.importorskip("torch", reason="writes real checkpoints with torch, which is not installed")
-
-
-def write_zip(path, data_pkl: bytes, storages: dict[str, bytes] | None = None, compression=zipfile.ZIP_STORED):
-    """A torch archive by hand."""
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", data_pkl)
-        archive.writestr("archive/byteorder", "little")
-        for key, data in (storages or {}).items():
-            archive.writestr(f"archive/data/{key}", data)
-    return path
-
-
-def tensor_pickle(numel=6, offset=0, shape=(2, 3), strides=(3, 1), kind=b"torch\nFloatStorage\n", key="0") -> bytes:
-    """The opcodes of {"w": tensor}, with whatever the caller claims about the tensor."""
-
-    def number(value) -> bytes:
-        return pickle.LONG1 + bytes([len(data := value.to_bytes(16, "little", signed=True))]) + data
-
-    def text(value) -> bytes:
-        return pickle.BINUNICODE + struct.pack("<I", len(value)) + value.encode()
-
-    def numbers(values) -> bytes:
-        return pickle.MARK + b"".join(map(number, values)) + pickle.TUPLE
-
-    storage = (
-        pickle.MARK + text("storage") + pickle.GLOBAL + kind + text(key) + text("cpu") + number(numel) + pickle.TUPLE
-    )
-    rebuild = pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n" + pickle.MARK + storage + pickle.BINPERSID
-    rebuild += number(offset) + numbers(shape) + numbers(strides) + pickle.NEWFALSE + pickle.NONE
-    rebuild += pickle.TUPLE + pickle.REDUCE
-    return pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + text("w") + rebuild + pickle.SETITEM + pickle.STOP
 
 
 def state_of_many_kinds(torch) -> dict:
@@ -331,46 +300,6 @@ def test_the_number_of_opcodes_and_what_is_copied_are_bounded(monkeypatch):
         pickle_reader.read_pickle(io.BytesIO(data), encode)
     with pytest.raises(pickle_reader.RefusedPickle, match="longer than"):
         pickle_reader.read_pickle(io.BytesIO(b"\x80\x02" + (b"X\xe8\x03\x00\x00" + b"a" * 1000 + b"0") * 20), {})
-
-
-def script_pickle(**attributes: bytes) -> bytes:
-    """The opcodes of a TorchScript module with these attributes, given as opcodes themselves."""
-    items = b"".join(
-        pickle.BINUNICODE + struct.pack("<I", len(name)) + name.encode() + value for name, value in attributes.items()
-    )
-    state = pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
-    return pickle.GLOBAL + b"__torch__.net\nNet\n" + pickle.EMPTY_TUPLE + pickle.NEWOBJ + state + pickle.BUILD
-
-
-def test_the_tensors_of_a_torchscript_program_are_read_and_its_code_is_not(tmp_path):
-    data = np.arange(6, dtype=np.float32)
-    tensor = tensor_pickle()[len(pickle.PROTO) + 1 + len(pickle.EMPTY_DICT) + 6 : -2]
-    inner = script_pickle(weight=tensor, training=pickle.NEWFALSE)
-
-    def program(body: bytes):
-        path = write_zip(tmp_path / "script.pt", pickle.PROTO + b"\x02" + body + pickle.STOP, {"0": data.tobytes()})
-        with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr("archive/constants.pkl", b"cos\nsystem\n.")
-            archive.writestr("archive/code/__torch__/net.py", "raise SystemExit")
-        return path
-
-    with open_checkpoint(program(script_pickle(visual=inner, size=pickle.BININT1 + b"\x07"))) as checkpoint:
-        assert list(checkpoint) == ["visual.weight"]
-        np.testing.assert_array_equal(checkpoint["visual.weight"], data.reshape(2, 3))
-        assert checkpoint.notes[0] == "took the tensors of a TorchScript program and left its code alone"
-    called = pickle.GLOBAL + b"__torch__.net\nNet\n" + pickle.EMPTY_TUPLE + pickle.REDUCE
-    with pytest.raises(CheckpointError, match="it calls a _Blank, which is not a function"):
-        open_checkpoint(program(called))
-    with pytest.raises(CheckpointError, match=r"it asks for os\.system"):
-        open_checkpoint(program(script_pickle(visual=pickle.GLOBAL + b"os\nsystem\n")))
-    stateless = (
-        pickle.GLOBAL + b"__torch__.net\nNet\n" + pickle.EMPTY_TUPLE + pickle.NEWOBJ + pickle.NONE + pickle.BUILD
-    )
-    with pytest.raises(CheckpointError, match="sets attributes of an object to a NoneType"):
-        open_checkpoint(program(stateless))
-    # In an archive that is no program such classes are as foreign as any.
-    with pytest.raises(CheckpointError, match=r"it asks for __torch__\.net\.Net"):
-        open_checkpoint(write_zip(tmp_path / "x.pt", pickle.PROTO + b"\x02" + inner + pickle.STOP))
 
 
 def test_archives_that_are_not_checkpoints(tmp_path):
