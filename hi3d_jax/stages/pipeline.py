@@ -104,33 +104,33 @@ class Hi3DPipeline:
             raise RecipeError("there is no model of stage 1 to make views with; give the folder of one")
         if num_variants < 1:
             raise RecipeError(f"{num_variants} variants: ask for at least 1")
-        options = Options() if options is None else options
-        check_numbers(self.generator.recipe, elevation_deg, seed, num_steps)
+        numbers = {"seed": seed, "elevation_deg": elevation_deg, "num_steps": num_steps}
+        check_numbers(self.generator.recipe, **numbers)
         cut = cut_out(image, matting)
-        output = None if output is None else Path(output)
-        request = self._request(cut, elevation_deg, seed, num_steps, keep_framing) | {"num_variants": num_variants}
-        run = _Run(RunRecord.begin(output, request, options.resume), options)
-        if output is not None:
-            # Twice as large: what a refiner will want to see.
-            large = dataclasses.replace(self.generator.recipe, image_size=2 * self.generator.recipe.image_size)
-            write_png(output / orbit_files.INPUT_FILE, _unit(frame_image(cut, large, keep_framing)))
+        request = self._request(cut, **numbers, keep_framing=keep_framing, num_variants=num_variants)
+        run = _Run.begin(output, request, options)
+        run.write_input(cut, self.generator.recipe, keep_framing)
         variants = []
         for variant in range(num_variants):
             part = "" if num_variants == 1 else f"variant_{variant}"
-            sampling = {"elevation_deg": elevation_deg, "seed": seed, "variant": variant, "num_steps": num_steps}
-            first = frame_image(cut, self.generator.recipe, keep_framing)
-            cameras = _cameras(self.generator.recipe, elevation_deg)
-            make = functools.partial(multiview, self.generator, first, **sampling)
-            coarse = run.orbit(self.generator, cameras, make, part if self.refiner is None else f"{part}/coarse")
-            refined = None
-            if self.refiner is not None:
-                image_large = frame_image(cut, self.refiner.recipe, keep_framing)
-                make = functools.partial(refine, self.refiner, _bytes(coarse), image_large, **sampling)
-                size = self.refiner.recipe.image_size
-                refined = run.orbit(self.refiner, coarse.cameras.resized(size, size), make, part)
-            variants.append(Variant(coarse, refined))
+            variants.append(self._draw(run, part, cut, keep_framing, variant=variant, **numbers))
         run.finish([variant.orbit for variant in variants])
         return variants
+
+    def _draw(
+        self, run: _Run, part: str, cut: Float[np.ndarray, "h w 4"], keep_framing: bool, **sampling: Any
+    ) -> Variant:
+        """One variant, into the folder `part` of the output."""
+        generator, refiner = self.generator, self.refiner
+        first = frame_image(cut, generator.recipe, keep_framing)
+        cameras = _cameras(generator.recipe, sampling["elevation_deg"])
+        make = functools.partial(multiview, generator, first, **sampling)
+        coarse = run.orbit(generator, cameras, make, part if refiner is None else f"{part}/coarse")
+        if refiner is None:
+            return Variant(coarse)
+        first, size = frame_image(cut, refiner.recipe, keep_framing), refiner.recipe.image_size
+        make = functools.partial(refine, refiner, to_bytes(coarse.views), first, **sampling)
+        return Variant(coarse, run.orbit(refiner, coarse.cameras.resized(size, size), make, part))
 
     def refine(
         self,
@@ -151,27 +151,25 @@ class Hi3DPipeline:
         """
         if self.refiner is None:
             raise RecipeError("there is no model of stage 2 to refine views with; give the folder of one")
-        options, recipe = Options() if options is None else options, self.refiner.recipe
-        size = recipe.image_size
+        recipe, size = self.refiner.recipe, self.refiner.recipe.image_size
+        check_count(self.refiner, len(views))
         if cameras is None:
             cameras = _cameras(recipe, elevation_deg)
         else:
             elevation_deg = orbit_elevation(cameras)
             cameras = cameras.resized(size, size)
-        check_numbers(recipe, elevation_deg, seed, num_steps)
-        check_count(self.refiner, len(views))
+        numbers = {"seed": seed, "elevation_deg": elevation_deg, "num_steps": num_steps}
+        check_numbers(recipe, **numbers)
         coarse = np.stack([to_bytes(on_white(view)) for view in views])
         first = None if image is None else to_bytes(on_white(read_picture(image)))
-        request = self._request(coarse if first is None else np.append(coarse, first), elevation_deg, seed, num_steps)
-        output = None if output is None else Path(output)
-        run = _Run(RunRecord.begin(output, request, options.resume), options)
+        request = self._request(coarse if first is None else np.append(coarse, first), **numbers)
+        run = _Run.begin(output, request, options)
         first = None if first is None else resize_view(first, size, size, recipe)
-        sampling = {"elevation_deg": elevation_deg, "seed": seed, "num_steps": num_steps}
-        refined = run.orbit(self.refiner, cameras, functools.partial(refine, self.refiner, coarse, first, **sampling))
+        refined = run.orbit(self.refiner, cameras, functools.partial(refine, self.refiner, coarse, first, **numbers))
         run.finish([refined])
         return refined
 
-    def _request(self, pixels: np.ndarray, elevation_deg: float, seed: int, num_steps: int | None, *framing: bool):
+    def _request(self, pixels: np.ndarray, **given: Any) -> dict[str, Any]:
         """What decides the result, as JSON."""
         models = {
             model.name.replace(" ", ""): {
@@ -182,9 +180,11 @@ class Hi3DPipeline:
             for model in (self.generator, self.refiner)
             if model is not None
         }
-        sha256 = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
-        given = {"elevation_deg": elevation_deg, "num_steps": num_steps, "keep_framing": any(framing)}
-        return {"seed": seed, **given, "models": models, "input": {"sha256": sha256}}
+        return {
+            **given,
+            "models": models,
+            "input": {"sha256": hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()},
+        }
 
 
 class _Run:
@@ -193,6 +193,18 @@ class _Run:
     def __init__(self, record: RunRecord, options: Options):
         self.record, self.options = record, options
         self.steps = Steps(record, options.progress)
+
+    @classmethod
+    def begin(cls, output: str | Path | None, request: dict[str, Any], options: Options | None) -> _Run:
+        options = Options() if options is None else options
+        return cls(RunRecord.begin(None if output is None else Path(output), request, options.resume), options)
+
+    def write_input(self, cut: Float[np.ndarray, "h w 4"], recipe: Recipe, keep_framing: bool) -> None:
+        """What stage 1 is shown, twice as large: what a refiner will want to see."""
+        if self.record.folder is not None:
+            large = dataclasses.replace(recipe, image_size=2 * recipe.image_size)
+            picture = frame_image(cut, large, keep_framing).astype(np.float32) / 255
+            write_png(self.record.folder / orbit_files.INPUT_FILE, picture)
 
     def orbit(
         self, model: StageModel, cameras: Cameras, make: Callable[..., UInt8[np.ndarray, "t h w 3"]], part: str = ""
@@ -237,11 +249,3 @@ def stage_folders(source: str | Path) -> list[str | Path]:
 def _cameras(recipe: Recipe, elevation_deg: float) -> Cameras:
     azimuths = np.arange(recipe.num_views) * (360 / recipe.num_views)
     return orbit_cameras(azimuths, elevation_deg, recipe.radius, recipe.fov_deg, recipe.image_size)
-
-
-def _bytes(orbit: Orbit) -> UInt8[np.ndarray, "t h w 3"]:
-    return to_bytes(orbit.views)
-
-
-def _unit(image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "h w 3"]:
-    return image.astype(np.float32) / 255
