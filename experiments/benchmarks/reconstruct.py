@@ -136,6 +136,19 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def rows_table(rows: list[dict]) -> str:
+    """One line per object as markdown, mesh / hull."""
+    names = ("syncdreamer_chamfer", "syncdreamer_iou", "strict_f_score_01", "strict_normal_consistency")
+    heads = ["object", "radius", *names, "splats, dB", "mesh on views, dB", "genus", "s"]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for row in rows:
+        pairs = [f"{row['mesh'][name]:.4f} / {row['hull'][name]:.4f}" for name in names]
+        splats = f"{row['heldout_psnr']:.1f}" if "heldout_psnr" in row else ""
+        rest = [splats, f"{row['view_psnr']:.1f}", str(row["genus"]), f"{row['seconds']:.0f}"]
+        lines.append(f"| {' | '.join([row['id'], str(row.get('radius', '')), *pairs, *rest])} |")
+    return "\n".join(lines)
+
+
 def entries_of(folder: Path, split: str, ids: list[str] | None) -> list[dict]:
     """Lines of the folder's manifest.jsonl (id, file, split, watertight), or the folder itself as a single case."""
     if (folder / "mesh.obj").is_file():
@@ -170,7 +183,7 @@ def main() -> None:
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{row['id']}: {row['seconds']:.0f} s, F-score at .01 {row['mesh']['strict_f_score_01']:.3f}", flush=True)
-    print(table(rows))
+    print(f"{rows_table(rows)}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":
