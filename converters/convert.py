@@ -29,7 +29,12 @@ from converters.conversion import open_source, prepare
 from hi3d_jax.pretrained import NetworkWeights, Tensors, write_model_folder
 
 _DTYPES = {"keep": None, "float32": jnp.float32, "float16": jnp.float16, "bfloat16": jnp.bfloat16}
-_STAGES = {"stage1": initialise.stage1, "stage2": initialise.stage2}
+_STAGES = {
+    "stage1": initialise.stage1,
+    "stage2": initialise.stage2,
+    "stage1_paper": initialise.stage1_paper,
+    "stage2_paper": initialise.stage2_paper,
+}
 _GB = 10**9
 
 
@@ -103,7 +108,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", required=True, metavar="MODEL_FOLDER", help="folder to write; must not exist")
     parser.add_argument("--dry-run", action="store_true", help="check everything and report, but write nothing")
     parser.add_argument("--dtype", choices=_DTYPES, default="keep", help="of the weights; keep is that of the source")
-    parser.add_argument("--init", choices=_STAGES, help="start a stage of Hi3D from SVD's U-Net")
+    parser.add_argument(
+        "--init", choices=_STAGES, help="start a stage of Hi3D, the released or the paper's, from SVD's U-Net"
+    )
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="REGEX", help="leave out source keys that match in full"
     )
@@ -111,6 +118,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--inert", action="append", default=[], metavar="NAME", help="skip objects of this type in a pickle"
     )
     return parser.parse_args(arguments)
+
+
+def _recipe(init: str) -> dict[str, object]:
+    """What config.json says of a stage that starts from SVD."""
+    return {"name": "paper" if init.endswith("_paper") else "official", "stage": int(init[len("stage")])}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         opened = [each for source in options.sources for each in open_source(source, options.inert)]
         stage = _STAGES.get(options.init)
         converted = prepare(opened, options.ignore, _DTYPES[options.dtype], stage)
-        recipe = {"name": "official", "stage": int(options.init[-1])} if stage else converted.recipe
+        recipe = _recipe(options.init) if stage else converted.recipe
         print(*converted.report, table(converted.networks), sep="\n")
         if options.dry_run:
             print("dry run: everything fits, nothing was written")

@@ -224,6 +224,22 @@ def test_stage_2_starts_from_svd_as_the_official_script_does(tmp_path):
     assert set(unet) == set(parameters(abstract_network(UNet, UNET2)))
 
 
+def test_the_papers_stages_start_from_svd_without_aesthetics_and_with_one_channel_of_depth(tmp_path):
+    weights = svd_weights()
+    conv = weights["model.diffusion_model.input_blocks.0.0.weight"].transpose(2, 3, 1, 0)
+    vector = weights["model.diffusion_model.label_emb.0.0.weight"].T
+    save_file(weights, tmp_path / "svd.safetensors")
+    for stage, depth in ((1, 0), (2, 1)):
+        folder = tmp_path / f"model{stage}"
+        assert run(tmp_path / "svd.safetensors", "-o", folder, "--init", f"stage{stage}_paper") == 0
+        assert pretrained.read_config(folder)["recipe"] == {"name": "paper", "stage": stage}
+        unet = stored(folder)["unet"]
+        expected = np.concatenate([conv[:, :, :4], np.zeros_like(conv[:, :, :depth]), conv[:, :, 4:]], axis=2)
+        np.testing.assert_array_equal(unet["conv_in.kernel"], expected)
+        elevation = vector[256:512] if stage == 1 else np.zeros((256, vector.shape[1]))
+        np.testing.assert_array_equal(unet["add_embedding.linear_1.kernel"], np.concatenate([elevation, vector[512:]]))
+
+
 def test_stage_1_starts_from_svd_unchanged(converted, tmp_path):
     """The U-Net of `converted` has the same random weights as this SVD."""
     save_file(svd_weights(), tmp_path / "svd.safetensors")

@@ -4,7 +4,7 @@
 paper is silent the released code decides (HI3D.md section 6), except for clipping. Expected: 24.26 dB PSNR on the
 paper's test set (its table 1). Not run here: it needs weights and machines that this project has not had.
 
-    python converters/convert.py svd_xt_image_decoder.safetensors --init stage1 -o svd_stage1
+    python converters/convert.py svd_xt_image_decoder.safetensors --init stage1_paper -o svd_stage1
     python experiments/train.py --config=stage1 --start=svd_stage1 \\
         --task.networks svd_stage1 --data.folder=DATASET
 """

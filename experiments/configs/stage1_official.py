@@ -3,7 +3,7 @@
 Eight GPUs of two orbits each; Lightning's scaling of the learning rate makes 1e-5 into 1.6e-4. fp16 there, bfloat16
 here. The data set must have been rendered at the six elevations of the recipe.
 
-    python converters/convert.py svd_xt_image_decoder.safetensors --init stage1_official -o svd_stage1_official
+    python converters/convert.py svd_xt_image_decoder.safetensors --init stage1 -o svd_stage1_official
     python experiments/train.py --config=stage1_official --start=svd_stage1_official \\
         --task.networks svd_stage1_official AESTHETIC_FOLDER --data.folder=DATASET
 """

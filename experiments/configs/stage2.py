@@ -4,7 +4,7 @@
 depth, as the paper's text has it. Coarse views are degraded ones, mixed with outputs of stage 1 where
 `data.stage1_folder` has some. Not run here: it needs weights and machines that this project has not had.
 
-    python converters/convert.py svd_xt_image_decoder.safetensors --init stage2 -o svd_stage2
+    python converters/convert.py svd_xt_image_decoder.safetensors --init stage2_paper -o svd_stage2
     python experiments/train.py --config=stage2 --start=svd_stage2 \\
         --task.networks svd_stage2 DPT_FOLDER --data.folder=DATASET
 """

@@ -2,7 +2,7 @@
 
 Eight GPUs of one orbit each; Lightning's scaling of the learning rate makes 1e-5 into 8e-5. fp16 there, bfloat16 here.
 
-    python converters/convert.py svd_xt_image_decoder.safetensors --init stage2_official -o svd_stage2_official
+    python converters/convert.py svd_xt_image_decoder.safetensors --init stage2 -o svd_stage2_official
     python experiments/train.py --config=stage2_official --start=svd_stage2_official \\
         --task.networks svd_stage2_official DPT_FOLDER --data.folder=DATASET
 """

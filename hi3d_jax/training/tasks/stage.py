@@ -112,7 +112,7 @@ class StageTask:
         losses = diffusion.edm_loss(network, latents, noise, sigma)
         return losses.mean(), {"latent_std": latents.std()}
 
-    def _latents(self, vae: Autoencoder, batch: Mapping[str, Array], key: Array) -> Array:
+    def _latents(self, vae: nnx.Module, batch: Mapping[str, Array], key: Array) -> Array:
         """Scaled latents of the true views, a draw from their distribution unless they are cached."""
         if LATENTS in batch:
             return batch[LATENTS].astype(jnp.float32) * vae.config.scaling_factor
