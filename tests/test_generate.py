@@ -1,5 +1,6 @@
 """All stages in one call and one command: what goes from one to the next, and what many images do to each other."""
 
+import dataclasses
 import json
 import types
 
@@ -7,13 +8,16 @@ import numpy as np
 import pytest
 
 from hi3d_jax import cameras, images
-from hi3d_jax.cli import main
+from hi3d_jax.cli import generate, main
+from hi3d_jax.cli.models import open_pipeline
 from hi3d_jax.stages import image_to_3d
 from hi3d_jax.stages.checks import StageError
 from hi3d_jax.stages.image_to_3d import ImageTo3D, without_background
 from hi3d_jax.stages.pipeline import Hi3DPipeline, Options, Variant
 from hi3d_jax.stages.presets import ReconstructConfig
+from hi3d_jax.stages.recipe import Recipe
 from hi3d_jax.stages.reconstruct import Reconstruction
+from hi3d_jax.stages.tiny import write_tiny_model
 from hi3d_jax.video import Orbit
 
 
@@ -50,6 +54,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(image_to_3d, "Hi3DPipeline", Pipeline)
     monkeypatch.setattr(image_to_3d, "reconstruct", reconstruct)
+    monkeypatch.setattr(generate, "open_pipeline", lambda source, *settings: Pipeline.from_pretrained(source))
     monkeypatch.setenv("HI3D_CACHE", "off")
     return notes
 
@@ -128,3 +133,13 @@ def test_a_folder_with_begun_runs_asks_for_resume(calls, tmp_path, capsys):
     (tmp_path / "out/generated/run.json").write_text("{}")
     assert main(["generate", str(tmp_path / "cup.png"), "-o", str(tmp_path / "out"), "-m", "model"]) == 2
     assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stages", [(1,), (1, 2)])
+def test_the_refiner_is_used_where_the_model_has_one(stages, tmp_path):
+    for stage in stages:
+        recipe = dataclasses.replace(Recipe.paper(stage), image_size=96)
+        write_tiny_model(tmp_path / f"model/stage{stage}", recipe)
+    pipeline = open_pipeline(str(tmp_path / "model"), "float32", None, 1)
+    assert pipeline.generator.recipe.stage == 1
+    assert (pipeline.refiner is not None) == (2 in stages)

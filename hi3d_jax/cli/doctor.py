@@ -21,8 +21,7 @@ EXTRAS = {
     "rembg": ("cutting out busy backgrounds", "matting"),
     "huggingface_hub": ("model folders by their id on the Hugging Face hub", "hub"),
     "grain": ("training", "train"),
-    "ray": ("rendering and generating on several machines", "ray"),
-    "diffusers": ("text to 3D through --prompt", "text"),
+    "ray": ("rendering data sets on several machines", "ray"),
 }
 # Floating-point operations of the full-size networks for one asset, 25 steps with guidance (multiply-add = 2): counted
 # on SVD's U-Net with Hi3D's input sizes.

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from hi3d_jax.cli.models import ByRecipe, Dtype, Model, chosen_dtype
+from hi3d_jax.cli.models import ByRecipe, Dtype, MemoryBudget, Model, open_pipeline
 from hi3d_jax.cli.output import Output, OutputError, explained, prepare_output
 from hi3d_jax.cli.reconstruct import ByQuality
 
@@ -64,6 +64,10 @@ class Generate:
     """Leave the object where it is in the picture, even where the model prefers it in the middle at a certain size."""
     dtype: Dtype = "auto"
     """What networks compute in; auto: float32 on CPU, else bfloat16."""
+    memory_budget: MemoryBudget = None
+    """The most memory that stages 1 and 2 may hold on each device, like 12GB, or auto: nine tenths of all there is."""
+    num_devices: int = 1
+    """Devices that share each orbit; they must divide its views, or twice their number."""
     resume: FlagCreatePairsOff[bool] = False
     """Continue the run that FOLDER holds after its last finished step."""
 
@@ -72,7 +76,7 @@ class Generate:
         prepare_output(self.output, self.resume, images[0])
         from hi3d_jax.stages.image_to_3d import ImageTo3D
 
-        generator = ImageTo3D.from_pretrained(self.model, dtype=chosen_dtype(self.dtype))
+        generator = ImageTo3D(open_pipeline(self.model, self.dtype, self.memory_budget, self.num_devices))
         if len(images) == 1:
             self._one(generator, images[0], self.output)
         else:

@@ -8,6 +8,7 @@ from tyro.conf import arg
 
 if TYPE_CHECKING:
     from hi3d_jax.stages.model import StageModel
+    from hi3d_jax.stages.pipeline import Hi3DPipeline
 
 Model = Annotated[str, arg(aliases=["-m"], metavar="FOLDER")]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -39,6 +40,17 @@ def open_model(
     if model.memory_plan is not None:
         print(f"{model.name} will hold {model.memory_plan.describe()}", flush=True)
     return model
+
+
+def open_pipeline(source: str, dtype: Dtype, memory_budget: str | None, num_devices: int) -> Hi3DPipeline:
+    """The models of stage 1 and, where the source holds one, of stage 2; see `open_model`."""
+    from hi3d_jax.stages.pipeline import Hi3DPipeline, stage_folders
+    from hi3d_jax.stages.recipe import Recipe
+
+    settings = dtype, memory_budget, num_devices
+    generator = open_model(source, 1, *settings)
+    refines = any(Recipe.of(folder).stage == 2 for folder in stage_folders(source))
+    return Hi3DPipeline(generator, open_model(source, 2, *settings) if refines else None)
 
 
 def chosen_dtype(dtype: Dtype) -> Any:
