@@ -10,11 +10,12 @@ from flax import nnx
 
 from hi3d_jax.models.unet import UNetConfig
 from hi3d_jax.models.vae import Posterior
+from hi3d_jax.pretrained import from_pretrained, parameters
 from hi3d_jax.stages.recipe import Recipe
 from hi3d_jax.stages.tiny import IMAGE_ENCODER, tiny_networks, write_tiny_model
 from hi3d_jax.training import sharding
 from hi3d_jax.training.batches import example_orbit
-from hi3d_jax.training.config import DataConfig, LoRAConfig, MeshConfig, TrainConfig
+from hi3d_jax.training.config import DataConfig, LoRAConfig, MeshConfig, OptimizerConfig, TrainConfig
 from hi3d_jax.training.program import TrainProgram, count_parameters
 from hi3d_jax.training.tasks import StageTask
 from hi3d_jax.training.tasks.autoencoder import kl, random_crops
@@ -111,6 +112,23 @@ def test_low_rank_updates_are_all_that_learns(folders):
     assert set(networks) == {*whole.frozen, "unet"}
     with pytest.raises(ValueError, match=r"matches no matrix of unet"):
         shapes(task, lora=LoRAConfig(rank=2, paths="nothing"))
+
+
+def test_training_starts_from_a_model_folder_whatever_its_memory_policy(folders):
+    folder, recipe = folders[1, "paper"]
+    unet = dataclasses.replace(tiny_networks(recipe)["unet"][1], remat="block")
+    task = StageTask(recipe, unet, (str(folder),))
+    values = shapes(task, start=str(folder))._first_values()
+    stored = parameters(from_pretrained(folder, "unet"))
+    jax.tree.map(np.testing.assert_array_equal, values["unet"], dict(stored))
+    wider = dataclasses.replace(unet, block_channels=(64, 64))
+    with pytest.raises(ValueError, match=r"unet of .* is UNet with .* the run wants"):
+        shapes(dataclasses.replace(task, unet=wider), start=str(folder))._first_values()
+    with pytest.raises(ValueError, match=r"batch_size=2 in optimizer.accumulate=2 parts does not divide"):
+        TrainProgram(
+            TrainConfig(task, data=DataConfig(batch_size=2), optimizer=OptimizerConfig(accumulate=2)),
+            sharding.make_mesh(MeshConfig(2), jax.devices()[:2]),
+        )
 
 
 def test_networks_that_are_nowhere_are_named(folders):

@@ -15,6 +15,7 @@ from hi3d_jax.pretrained import PretrainedError, parameters, save_pretrained, wi
 from hi3d_jax.training import batches, sharding
 from hi3d_jax.training.checkpoint import CheckpointError, read_checkpoint, steps_in
 from hi3d_jax.training.loop import load_config
+from hi3d_jax.training.networks import sizes
 from hi3d_jax.training.program import TrainProgram
 from hi3d_jax.training.state import TrainState
 from hi3d_jax.training.tasks import AutoencoderTask, StageTask
@@ -69,6 +70,7 @@ def _as_released(
 ) -> tuple[dict[str, nnx.Module], dict[str, Any]]:
     """The networks that belong in the folder, and its recipe."""
     if isinstance(task, StageTask):
+        networks["unet"].config = sizes(networks["unet"].config)
         return networks, task.recipe.to_dict()
     if not isinstance(task, AutoencoderTask):
         return {name: networks[name] for name in task.trained()}, {}

@@ -126,7 +126,13 @@ class Run:
         """All steps that are left."""
         config, step, pace = self.config, int(self.state.step), Pace(self.program)
         bar = tqdm(
-            total=config.steps, initial=step, desc=self.folder.name, unit="step", disable=_quiet(), smoothing=0.05
+            total=config.steps,
+            initial=step,
+            desc=self.folder.name,
+            unit="step",
+            disable=_quiet(),
+            smoothing=0.05,
+            mininterval=1,
         )
         pending = None
         try:

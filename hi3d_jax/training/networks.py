@@ -51,6 +51,11 @@ def found_in(sources: Sequence[str], name: str) -> NetworkSpec:
     raise PretrainedError(f"none of the model folders ({', '.join(map(str, sources)) or 'none given'}) has {name!r}")
 
 
+def sizes(config: Any) -> Any:
+    """A network's config without how its backward pass saves memory, which weights do not depend on."""
+    return dataclasses.replace(config, remat="none") if hasattr(config, "remat") else config
+
+
 def abstract_modules(specs: Specs, dtype: Any) -> dict[str, nnx.Module]:
     """The modules without values, which compute in `dtype`."""
     return {name: spec.abstract(dtype) for name, spec in specs.items()}
@@ -85,9 +90,9 @@ def pretrained_values(
     if not source:
         raise PretrainedError(f"no folder is given for the network {name!r}: set task.networks to one that has it")
     found = found_in([source], name)
-    if (found.network, found.config) != (spec.network, spec.config):
+    if (found.network, sizes(found.config)) != (spec.network, sizes(spec.config)):
         raise PretrainedError(
             f"{name} of {source} is {found.network.__name__} with {found.config}, the run wants "
-            f"{spec.network.__name__} with {spec.config}: make the config's sizes those of the folder"
+            f"{spec.network.__name__} with {spec.config}: give the run the folder's sizes"
         )
     return dict(parameters(from_pretrained(source, name, param_dtype=jnp.float32, sharding=sharding)))

@@ -37,6 +37,13 @@ class TrainProgram:
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
         self.config, self.mesh = config, mesh
+        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        if (config.data.batch_size // config.optimizer.accumulate) % parts:
+            raise ValueError(
+                f"data.batch_size={config.data.batch_size} in optimizer.accumulate={config.optimizer.accumulate} parts "
+                f"does not divide by mesh.data x mesh.fsdp = {parts}: make the batch larger, or give fewer devices to "
+                "these axes"
+            )
         self._trained, self._frozen = config.task.trained(), config.task.frozen()
         dtype = jnp.dtype(config.precision)
         self._modules = networks.abstract_modules({**self._trained, **self._frozen}, dtype)
