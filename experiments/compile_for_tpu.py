@@ -120,13 +120,33 @@ def training(args: argparse.Namespace, devices: list[Any]) -> Work:
     return Work(program.step.trace(*placed), device_bytes(numbers))
 
 
-def report(chip: Chip, devices: int, arguments: int, flops: int, compiled: Any) -> dict[str, Any]:
-    """What was compiled, in numbers: bytes are of one device, seconds are floors."""
-    memory = compiled.memory_analysis()
-    total = arguments + beside_arguments(compiled)
-    arithmetic, bus = flops / devices / chip.flops, memory.argument_size_in_bytes / chip.bandwidth
+def described_devices(args: argparse.Namespace) -> list[Any]:
+    """The chips of the slice, or the first of them. Raises `SystemExit` where there is no such slice or no compiler."""
+    try:
+        devices = list(topologies.get_topology_desc(args.topology, "tpu").devices)
+    except RuntimeError as error:
+        hint = 'pip install -e ".[tpu]"' if "not installed" in str(error) else "write it like v5e:4x4 or v5p:2x2x1"
+        raise SystemExit(f"--topology={args.topology}: {error}; {hint}") from error
+    count = args.devices or len(devices)
+    if not 1 <= count <= len(devices):
+        raise SystemExit(f"--devices={count}: {args.topology} has {len(devices)} chips")
+    return devices[:count]
+
+
+def seconds_of(args: argparse.Namespace, chip: Chip, devices: int, argument_bytes: int, flops: int) -> dict[str, Any]:
+    """Floors of the time that a step takes, from the trace alone."""
+    arithmetic, bus = flops / devices / chip.flops, argument_bytes / chip.bandwidth
+    seconds = {"tflops": round(flops / 1e12, 2), "floor_seconds": round(max(arithmetic, bus), 4)}
+    if args.mode == "train":
+        orbits = args.batch_size or load_config(args.config).data.batch_size
+        seconds["videos_per_second_at_40_percent"] = round(0.4 * orbits / arithmetic, 3)
+    return seconds
+
+
+def bytes_of(chip: Chip, argument_bytes: int, compiled: Any) -> dict[str, Any]:
+    """What each device holds while the compiled program runs."""
+    memory, total = compiled.memory_analysis(), argument_bytes + beside_arguments(compiled)
     sizes = {
-        "arguments": arguments,
         "outputs": memory.output_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
@@ -134,13 +154,8 @@ def report(chip: Chip, devices: int, arguments: int, flops: int, compiled: Any) 
         "total": total,
         "memory": chip.memory,
     }
-    return {
-        "devices": devices,
-        **{f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()},
-        "headroom_percent": round(100 * (1 - total / chip.memory), 1),
-        "tflops": round(flops / 1e12, 2),
-        "floor_seconds": round(max(arithmetic, bus), 4),
-    }
+    headroom = {"headroom_percent": round(100 * (1 - total / chip.memory), 1)}
+    return {f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()} | headroom
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -169,29 +184,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    chip = CHIPS[args.topology.partition(":")[0]]
-    try:
-        devices = list(topologies.get_topology_desc(args.topology, "tpu").devices)[: args.devices]
+    chip, devices = CHIPS[args.topology.partition(":")[0]], described_devices(args)
+    start = time.perf_counter()
+    work = {"sample": sampling, "train": training}[args.mode](args, devices)
+    numbers = {"config": args.config, "mode": args.mode, "topology": args.topology, "devices": len(devices)}
+    numbers |= seconds_of(args, chip, len(devices), work.argument_bytes, count_flops(work.traced.jaxpr))
+    numbers["arguments_gib"] = round(work.argument_bytes / 2**30, 3)
+    print(f"traced in {time.perf_counter() - start:.0f} s: {numbers['tflops']} TFLOP", file=sys.stderr)
+    if not args.trace_only:
         start = time.perf_counter()
-        work = {"sample": sampling, "train": training}[args.mode](args, devices)
-        flops = count_flops(work.traced.jaxpr)
-        print(f"traced in {time.perf_counter() - start:.1f} s, {flops / 1e12:.2f} TFLOP; compiling", file=sys.stderr)
-        start = time.perf_counter()
-        compiled = (
-            None if args.trace_only else work.traced.lower().compile({"exec_time_optimization_effort": args.effort})
-        )
-    except jax.errors.JaxRuntimeError as error:
-        print(f"{args.config} on {len(devices)} of {args.topology}: {error}", file=sys.stderr)
-        return 1
-    if compiled is None:
-        print(json.dumps({"arguments_gib": round(work.argument_bytes / 2**30, 3), "tflops": round(flops / 1e12, 2)}))
-        return 0
-    numbers = report(chip, len(devices), work.argument_bytes, flops, compiled)
-    if args.mode == "train":
-        orbits = args.batch_size or load_config(args.config).data.batch_size
-        numbers["videos_per_second_at_40_percent"] = round(0.4 * orbits * chip.flops * len(devices) / flops, 3)
-    numbers["compile_seconds"] = round(time.perf_counter() - start, 1)
-    print(json.dumps({"config": args.config, "mode": args.mode, "topology": args.topology, **numbers}), flush=True)
+        try:
+            compiled = work.traced.lower().compile({"exec_time_optimization_effort": args.effort})
+        except jax.errors.JaxRuntimeError as error:
+            print(f"{args.config} on {len(devices)} of {args.topology} does not compile: {error}", file=sys.stderr)
+            return 1
+        numbers |= bytes_of(chip, work.argument_bytes, compiled)
+        numbers["compile_seconds"] = round(time.perf_counter() - start, 1)
+    print(json.dumps(numbers), flush=True)
     return 0
 
 

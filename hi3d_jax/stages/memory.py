@@ -110,7 +110,9 @@ class _Search:
         views = VIEWS_AT_ONCE.get(jax.default_backend(), VIEWS_AT_ONCE_ELSEWHERE)
         encoding = [Chunking(encode_views=count) for count in views]
         decoding = [Chunking(decode_views=count) for count in views]
-        halves = [Chunking(split_guidance=split) for split in (False, True)]
+        # Halves that have devices of their own are not done one after the other.
+        together = self.mesh is not None and self.mesh.shape["guidance"] > 1
+        halves = [Chunking(split_guidance=split) for split in ((False,) if together else (False, True))]
         names = [name for name in self._programs(Chunking()) if name != "preview"]
         encode, encoded = self._first_fit([name for name in names if name in BY_ENCODE_VIEWS], encoding)
         decode, decoded = self._first_fit(["decode"], decoding)
