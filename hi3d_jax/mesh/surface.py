@@ -15,6 +15,7 @@ from skimage.measure import marching_cubes
 
 from hi3d_jax.mesh.topology import clean
 from hi3d_jax.mesh.triangles import Mesh, MeshError
+from hi3d_jax.mesh.tunnels import close_tunnels
 
 SignedDistance = Callable[[Float[np.ndarray, "n 3"]], Float[np.ndarray, " n"]]
 
@@ -30,11 +31,16 @@ CLEARANCE = 1e-3
 
 
 def extract_surface(
-    sdf: SignedDistance, lower: Float[np.ndarray, " 3"], upper: Float[np.ndarray, " 3"], resolution: int = 256
+    sdf: SignedDistance,
+    lower: Float[np.ndarray, " 3"],
+    upper: Float[np.ndarray, " 3"],
+    resolution: int = 256,
+    outside: SignedDistance | None = None,
 ) -> Mesh:
     """The largest closed body of `sdf`'s zero set within the bounds, watertight, without inner cavities.
 
     `resolution` counts the cells along the longest side of the bounds. `sdf` is called with a fixed number of points.
+    With `outside`, signed distances to the shape that views allow, tunnels that no view looks through are closed.
     Raises `MeshError` when there is no surface, for NaN, and for bounds or a resolution that make no grid.
     """
     lower, upper = np.asarray(lower, np.float64), np.asarray(upper, np.float64)
@@ -45,6 +51,9 @@ def extract_surface(
     cell = float((upper - lower).max() / resolution)
     blocks = np.maximum(np.ceil((upper - lower) / (cell * BLOCK) - 1e-6).astype(int), 1)
     values, known = _sample_near_surface(_Grid(sdf, lower, upper, cell), blocks)
+    if outside is not None:
+        values, changed = close_tunnels(values, cell, lambda index: outside(lower + index * cell) <= 0)
+        known |= changed
     if not (values < 0).any() or not (values > 0).any():
         side = "nowhere" if values.min() > 0 else "everywhere"
         raise MeshError(

@@ -212,7 +212,7 @@ def read_surface(config: ReconstructConfig, path: Path) -> FittedSurface:
 
 def _extract(surface: FittedSurface, fits: _Fits, config: ReconstructConfig) -> Mesh:
     bound = np.full(3, surface.config.half_side)
-    body = meshes.extract_surface(surface.sdf, -bound, bound, config.resolution)
+    body = meshes.extract_surface(surface.sdf, -bound, bound, config.resolution, fits.outside)
     return meshes.decimate(meshes.flatten_unseen(body, fits.small.cameras, fits.outside), config.num_faces)
 
 
