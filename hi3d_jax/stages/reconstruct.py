@@ -36,6 +36,11 @@ from hi3d_jax.video import Orbit, write_mp4, write_orbit
 
 Made = TypeVar("Made")
 
+# World units. Light that stops over a longer stretch shows several surfaces through each other, or none. On five objects
+# mean - spread lay more than .02 behind the surface for up to 2.7 % of all pixels, enough to dig pits; with this limit
+# for up to 0.2 %.
+MOST_SPREAD = 0.03
+
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
@@ -161,8 +166,10 @@ class _Fits:
 
 
 def _fronts(gaussians: Gaussians, cameras: Cameras) -> Float[np.ndarray, "t h w"]:
-    """Depths up to which the Gaussians leave space empty."""
-    return np.stack([np.asarray(s.mean - s.spread) for s in _drawn(splatting.light_stops, gaussians, cameras)])
+    """Depths up to which the Gaussians certainly leave space empty; -inf where they do not say."""
+    stops = list(_drawn(splatting.light_stops, gaussians, cameras))
+    mean, spread = (np.stack([np.asarray(part) for part in parts]) for parts in zip(*stops, strict=True))
+    return np.where(spread < MOST_SPREAD, mean - spread, -np.inf)
 
 
 def _drawn(draw: Callable[..., Made], gaussians: Gaussians, cameras: Cameras) -> Iterator[Made]:
