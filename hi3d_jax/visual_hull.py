@@ -99,7 +99,7 @@ def carve_by_depths(
 
     `fronts` (z along the optical axis) are depths up to which each pixel of the object certainly looks through empty
     space, -inf where nothing is known. Single ones err all the same: what goes is more than `margin` (world units) in
-    front of them in at least `witnesses` views. An average over the views, as depth maps are usually fused by, would let
+    front of them in at least `witnesses` views. An average over the views, as depth maps are often fused by, would let
     a few depths far behind the surface dig holes into it. `reach`: how deep one call carves at most.
     """
     near = np.flatnonzero(hull.sdf.reshape(-1) < 2 * hull.spacing)

@@ -36,7 +36,7 @@ from hi3d_jax.video import Orbit, write_mp4, write_orbit
 
 Made = TypeVar("Made")
 
-# World units. Light that stops over a longer stretch shows several surfaces through each other, or none. On five objects
+# World units. Light that stops over a longer stretch shows several surfaces through each other, or none. On 5 objects
 # mean - spread lay more than .02 behind the surface for up to 2.7 % of all pixels, enough to dig pits; with this limit
 # for up to 0.2 %.
 MOST_SPREAD = 0.03
