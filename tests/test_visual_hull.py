@@ -105,3 +105,10 @@ def test_two_views_that_look_too_deep_dig_no_hole(cameras):
     depths[5] += 0.2
     deeper = visual_hull.carve_by_depths(hull, depths, alphas, cameras)
     assert (deeper.sample(inside * towards) > 0).any()
+
+
+def test_pixels_that_know_nothing_carve_nothing(cameras):
+    alphas, _ = sphere_depths(cameras)
+    hull = visual_hull.carve(alphas, cameras, 48)
+    carved = visual_hull.carve_by_depths(hull, np.full(alphas.shape, -np.inf, np.float32), alphas, cameras)
+    np.testing.assert_array_equal(carved.sdf < 0, hull.sdf < 0)
