@@ -45,6 +45,14 @@ def get_config():
 """
 
 
+# Where a save fails, orbax leaves coroutines that nobody awaits and callbacks of loops that are closed; the garbage
+# collector complains of them whenever it comes by.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:coroutine 'async_serialize:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with the config, and a cache of compiled programs that all processes share."""
