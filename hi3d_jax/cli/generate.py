@@ -17,7 +17,6 @@ from hi3d_jax.cli.output import Output, OutputError, explained, prepare_output
 from hi3d_jax.cli.reconstruct import ByQuality
 
 REPORT_FILE = "report.json"
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +134,8 @@ class Generate:
 
 def pictures(sources: Sequence[Path]) -> list[Path]:
     """The pictures that `sources` name, folders opened. Raises `OutputError` where two would share a folder."""
+    from hi3d_jax.video import PICTURE_SUFFIXES
+
     found: list[Path] = []
     for source in sources:
         if "://" in str(source) or str(source).startswith(("http:/", "https:/")):
