@@ -44,8 +44,8 @@ from hi3d_jax.pretrained import abstract_network
 from hi3d_jax.stages.devices import make_device_mesh, shared_programs
 from hi3d_jax.stages.memory import argument_bytes, beside_arguments, device_bytes
 from hi3d_jax.stages.programs import Chunking
+from hi3d_jax.stages.random_model import random_networks
 from hi3d_jax.stages.recipe import Recipe
-from hi3d_jax.stages.tiny import tiny_networks
 from hi3d_jax.training.program import TrainProgram
 from hi3d_jax.training.sharding import batch_shardings, make_mesh
 
@@ -90,7 +90,7 @@ def sampling(args: argparse.Namespace, devices: list[Any]) -> Work:
     if args.config not in ("stage1", "stage2"):
         raise SystemExit(f"--config={args.config}: --mode=sample compiles stage1 or stage2")
     recipe = Recipe.official(1 if args.config == "stage1" else 2)
-    sizes = tiny_networks(recipe) if args.tiny else full_networks(recipe)
+    sizes = random_networks(recipe) if args.tiny else full_networks(recipe)
     dtype = jnp.dtype(args.dtype)
     networks = {name: abstract_network(*size, dtype=dtype, param_dtype=dtype) for name, size in sizes.items()}
     views = args.views_at_once or len(devices)

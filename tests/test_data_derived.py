@@ -11,8 +11,8 @@ from hi3d_jax.data.record_folder import RecordFolder
 from hi3d_jax.data.records import OrbitRecord, RecordError
 from hi3d_jax.data.shards import write_records
 from hi3d_jax.pretrained import from_pretrained
+from hi3d_jax.stages.random_model import write_random_model
 from hi3d_jax.stages.recipe import Recipe
-from hi3d_jax.stages.tiny import write_tiny_model
 
 NUM_VIEWS, SIZE = 4, 32
 
@@ -21,7 +21,7 @@ NUM_VIEWS, SIZE = 4, 32
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "stage1"
     recipe = dataclasses.replace(Recipe.paper(1), image_size=SIZE, num_views=NUM_VIEWS)
-    write_tiny_model(folder, recipe)
+    write_random_model(folder, recipe)
     return folder
 
 

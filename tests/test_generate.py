@@ -15,9 +15,9 @@ from hi3d_jax.stages.checks import StageError
 from hi3d_jax.stages.image_to_3d import ImageTo3D, without_background
 from hi3d_jax.stages.pipeline import Hi3DPipeline, Options, Variant
 from hi3d_jax.stages.presets import ReconstructConfig
+from hi3d_jax.stages.random_model import write_random_model
 from hi3d_jax.stages.recipe import Recipe
 from hi3d_jax.stages.reconstruct import Reconstruction
-from hi3d_jax.stages.tiny import write_tiny_model
 from hi3d_jax.video import Orbit
 
 
@@ -139,7 +139,7 @@ def test_a_folder_with_begun_runs_asks_for_resume(calls, tmp_path, capsys):
 def test_the_refiner_is_used_where_the_model_has_one(stages, tmp_path):
     for stage in stages:
         recipe = dataclasses.replace(Recipe.paper(stage), image_size=96)
-        write_tiny_model(tmp_path / f"model/stage{stage}", recipe)
+        write_random_model(tmp_path / f"model/stage{stage}", recipe)
     pipeline = open_pipeline(str(tmp_path / "model"), "float32", None, 1)
     assert pipeline.generator.recipe.stage == 1
     assert (pipeline.refiner is not None) == (2 in stages)

@@ -21,9 +21,9 @@ from hi3d_jax.stages.inputs import orbit_elevation
 from hi3d_jax.stages.model import StageModel
 from hi3d_jax.stages.pipeline import Hi3DPipeline, Options, open_stage
 from hi3d_jax.stages.programs import Chunking, make_programs
+from hi3d_jax.stages.random_model import random_networks, write_random_model
 from hi3d_jax.stages.recipe import Recipe, RecipeError
 from hi3d_jax.stages.sampling import denoise_step
-from hi3d_jax.stages.tiny import tiny_networks, write_tiny_model
 
 SIZES = {1: 48, 2: 96}
 VIEWS = 4
@@ -64,7 +64,7 @@ def models(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("models")
     for stage, size in SIZES.items():
         recipe = dataclasses.replace(Recipe.official(stage), num_views=VIEWS, image_size=size, num_steps=2)
-        write_tiny_model(folder / f"stage{stage}", recipe, seed=stage)
+        write_random_model(folder / f"stage{stage}", recipe, seed=stage)
     assert main(["warmup", "--model", str(folder)]) == 0
     return folder
 
@@ -288,7 +288,7 @@ def test_a_folder_without_a_network_it_needs_is_refused(models, tmp_path):
 def test_programs_of_any_sizes_fit_together(stage):
     """The paper's recipe, an autoencoder that shrinks fourfold, several views at once, bfloat16: traced, not run."""
     recipe = dataclasses.replace(Recipe.paper(stage), num_views=6, image_size=128)
-    sizes = tiny_networks(recipe) | {"vae": (Autoencoder, AutoencoderConfig(block_channels=(32, 32, 32)))}
+    sizes = random_networks(recipe) | {"vae": (Autoencoder, AutoencoderConfig(block_channels=(32, 32, 32)))}
     dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     networks = {name: abstract_network(*described, **dtypes) for name, described in sizes.items()}
     programs = make_programs(recipe, networks, Chunking(encode_views=4, decode_views=2))

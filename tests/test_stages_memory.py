@@ -12,8 +12,8 @@ from hi3d_jax.pretrained import abstract_network
 from hi3d_jax.stages import memory
 from hi3d_jax.stages.memory import MemoryBudgetError, parse_budget, plan_memory
 from hi3d_jax.stages.programs import Chunking, make_programs
+from hi3d_jax.stages.random_model import random_networks, write_random_model
 from hi3d_jax.stages.recipe import Recipe
-from hi3d_jax.stages.tiny import tiny_networks, write_tiny_model
 
 RECIPE = dataclasses.replace(Recipe.paper(1), num_views=4, image_size=64)
 HELD = 10**9
@@ -41,7 +41,7 @@ def _hurry(tmp_path_factory):
 
 
 def plan(budget: int) -> memory.MemoryPlan:
-    return plan_memory(RECIPE, tiny_networks(RECIPE), budget, [jnp.float32])
+    return plan_memory(RECIPE, random_networks(RECIPE), budget, [jnp.float32])
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_what_is_fast_comes_first_and_what_is_frugal_where_it_must(roomy):
 
 
 def test_a_plan_counts_parameters_whole_and_temporaries(roomy):
-    networks = {name: abstract_network(*size) for name, size in tiny_networks(RECIPE).items()}
+    networks = {name: abstract_network(*size) for name, size in random_networks(RECIPE).items()}
     program = make_programs(RECIPE, networks)["denoise_step"]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(program.params))
     assert 4 * parameters < memory.argument_bytes(program) < roomy.programs["denoise_step"]
@@ -75,7 +75,7 @@ def test_budgets_are_read_as_people_write_them(text, count):
 
 
 def test_the_command_refuses_what_cannot_be(tmp_path, capsys):
-    write_tiny_model(tmp_path / "stage1", RECIPE)
+    write_random_model(tmp_path / "stage1", RECIPE)
     command = ["views", "photo.png", "-o", str(tmp_path / "out"), "--model", str(tmp_path / "stage1")]
     (tmp_path / "photo.png").touch()
     command[1] = str(tmp_path / "photo.png")

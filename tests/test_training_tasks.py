@@ -11,8 +11,8 @@ from flax import nnx
 from hi3d_jax.models.unet import UNetConfig
 from hi3d_jax.models.vae import Posterior
 from hi3d_jax.pretrained import from_pretrained, parameters
+from hi3d_jax.stages.random_model import IMAGE_ENCODER, random_networks, write_random_model
 from hi3d_jax.stages.recipe import Recipe
-from hi3d_jax.stages.tiny import IMAGE_ENCODER, tiny_networks, write_tiny_model
 from hi3d_jax.training import sharding
 from hi3d_jax.training.batches import example_orbit
 from hi3d_jax.training.config import DataConfig, LoRAConfig, MeshConfig, OptimizerConfig, TrainConfig
@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
         for recipe in (Recipe.paper(stage), Recipe.official(stage)):
             folder = tmp_path_factory.mktemp("networks") / recipe.name
             small = dataclasses.replace(recipe, num_views=2, image_size=96, num_steps=2)
-            write_tiny_model(folder, small)
+            write_random_model(folder, small)
             made[stage, recipe.name] = folder, small
     return made
 
@@ -45,7 +45,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_both_stages_learn_under_both_recipes(folders, stage, name):
     folder, recipe = folders[stage, name]
-    unet = tiny_networks(recipe)["unet"][1]
+    unet = random_networks(recipe)["unet"][1]
     # Learning the image encoder too, on the paper's first stage, and passing pictures one at a time, on the second.
     own = IMAGE_ENCODER if (stage, name) == (1, "paper") else None
     task = StageTask(recipe, unet, (str(folder),), own, views_at_a_time=stage - 1)
@@ -68,8 +68,8 @@ def test_both_stages_learn_under_both_recipes(folders, stage, name):
 
 def test_caches_replace_the_networks_that_made_them(folders):
     folder, recipe = folders[1, "paper"]
-    task = StageTask(recipe, tiny_networks(recipe)["unet"][1], (str(folder),))
-    vae, tokens = tiny_networks(recipe)["vae"][1], np.arange(24.0).reshape(2, 2, 6).astype(np.float16)
+    task = StageTask(recipe, random_networks(recipe)["unet"][1], (str(folder),))
+    vae, tokens = random_networks(recipe)["vae"][1], np.arange(24.0).reshape(2, 2, 6).astype(np.float16)
 
     class Network(nnx.Module):
         config = vae
@@ -104,7 +104,7 @@ def test_caches_replace_the_networks_that_made_them(folders):
 
 def test_low_rank_updates_are_all_that_learns(folders):
     folder, recipe = folders[1, "official"]
-    task = StageTask(recipe, tiny_networks(recipe)["unet"][1], (str(folder),))
+    task = StageTask(recipe, random_networks(recipe)["unet"][1], (str(folder),))
     program, whole = shapes(task, lora=LoRAConfig(rank=2)), shapes(task)
     assert count_parameters(program.state.params) < 0.1 * count_parameters(whole.state.params)
     assert set(program.frozen) == {*whole.frozen, "unet"}
@@ -116,7 +116,7 @@ def test_low_rank_updates_are_all_that_learns(folders):
 
 def test_training_starts_from_a_model_folder_whatever_its_memory_policy(folders):
     folder, recipe = folders[1, "paper"]
-    unet = dataclasses.replace(tiny_networks(recipe)["unet"][1], remat="block")
+    unet = dataclasses.replace(random_networks(recipe)["unet"][1], remat="block")
     task = StageTask(recipe, unet, (str(folder),))
     values = shapes(task, start=str(folder))._first_values()
     stored = parameters(from_pretrained(folder, "unet"))

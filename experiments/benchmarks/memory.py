@@ -26,8 +26,8 @@ from PIL import Image
 from hi3d_jax.models.unet import UNet, UNetConfig
 from hi3d_jax.models.vae import Autoencoder, AutoencoderConfig
 from hi3d_jax.pretrained import abstract_network, save_pretrained, with_parameters
+from hi3d_jax.stages.random_model import IMAGE_ENCODER, random_networks
 from hi3d_jax.stages.recipe import Recipe
-from hi3d_jax.stages.tiny import IMAGE_ENCODER, tiny_networks
 
 CLI = "import sys; from hi3d_jax.cli import main; sys.exit(main())"
 
@@ -37,7 +37,7 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
     recipe = dataclasses.replace(Recipe.paper(1), num_views=args.views, image_size=args.size, num_steps=1)
     sizes = {} if args.full else {"block_channels": (64, 128, 256, 256), "num_heads": (1, 2, 4, 4)}
     networks = {
-        **tiny_networks(recipe),
+        **random_networks(recipe),
         "unet": (UNet, UNetConfig(vector_dim=512, context_dim=IMAGE_ENCODER.projection_dim, **sizes)),
         "vae": (Autoencoder, AutoencoderConfig.stable_diffusion()),
     }

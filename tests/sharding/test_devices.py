@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from hi3d_jax.stages.devices import DeviceError, make_device_mesh, placed
 from hi3d_jax.stages.model import StageModel
 from hi3d_jax.stages.multiview import multiview
+from hi3d_jax.stages.random_model import write_random_model
 from hi3d_jax.stages.recipe import Recipe
-from hi3d_jax.stages.tiny import write_tiny_model
 
 VIEWS = 4
 SIZES = {1: 48, 2: 96}
@@ -29,7 +29,7 @@ def quick():
 
 def model_folder(folder, stage: int):
     recipe = dataclasses.replace(Recipe.official(stage), num_views=VIEWS, image_size=SIZES[stage], num_steps=2)
-    write_tiny_model(folder, recipe)
+    write_random_model(folder, recipe)
     return folder
 
 

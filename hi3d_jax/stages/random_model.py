@@ -43,7 +43,7 @@ DEPTH = DPTConfig(
 )
 
 
-def tiny_networks(recipe: Recipe) -> dict[str, tuple[type[nnx.Module], Any]]:
+def random_networks(recipe: Recipe) -> dict[str, tuple[type[nnx.Module], Any]]:
     """Class and config of all networks that a model with this recipe consists of."""
     vae = AutoencoderConfig.tiny()
     unet = UNetConfig.tiny(
@@ -64,7 +64,7 @@ def tiny_networks(recipe: Recipe) -> dict[str, tuple[type[nnx.Module], Any]]:
     return networks
 
 
-def write_tiny_model(folder: str | Path, recipe: Recipe, seed: int = 0) -> None:
+def write_random_model(folder: str | Path, recipe: Recipe, seed: int = 0) -> None:
     """Writes a model folder whose weights are normal numbers, small enough for every sum to stay near 1.
 
     `recipe.image_size` must be a multiple of 16, and for stage 2 with depth at least 96. Raises `PretrainedError`.
@@ -78,6 +78,6 @@ def write_tiny_model(folder: str | Path, recipe: Recipe, seed: int = 0) -> None:
 
     networks = {
         name: with_parameters(abstract_network(cls, config), values)
-        for name, (cls, config) in tiny_networks(recipe).items()
+        for name, (cls, config) in random_networks(recipe).items()
     }
     save_pretrained(folder, networks, recipe.to_dict())
