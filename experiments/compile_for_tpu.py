@@ -2,14 +2,16 @@
 
 XLA's TPU compiler runs on any machine (`pip install -e ".[tpu]"`). What it says is exact: bytes that each device holds,
 and whether they fit. `--mode=sample` compiles one step of sampling as the pipeline runs it (both halves of the
-guidance, 16 views), `--mode=train` a training step as experiments/train.py runs it with the config of that name (state
-sharded by its mesh rules, frozen networks included). Seconds are floors: arithmetic at the chip's peak rate, or each
-byte of the arguments once over its memory bus, whichever is longer. For training, videos per second are what 40 % of
-the peak rate would give, recomputation for the backward pass counted as work.
+guidance, 16 views), `--mode=train` a training step as experiments/train.py runs it with the config of that name and
+the same changes of its fields (state sharded by its mesh rules, frozen networks included). Seconds are floors:
+arithmetic at the chip's peak rate, or each byte of the arguments once over its memory bus, whichever is longer. For
+training, videos per second are what 40 % of the peak rate would give, recomputation for the backward pass counted as
+work.
 
     python experiments/compile_for_tpu.py --config=stage1 --topology=v5e:2x2 --devices=1
     python experiments/compile_for_tpu.py --config=stage2 --topology=v5e:2x4
     python experiments/compile_for_tpu.py --config=stage1 --mode=train --topology=v5e:4x4
+    python experiments/compile_for_tpu.py --config=stage1 --mode=train --topology=v5e:8x8 --mesh.tensor=4
 """
 
 from __future__ import annotations
@@ -25,15 +27,15 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     # Run as a file, Python looks beside it for modules, where ours would hide packages of the same names.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    # The compiler must neither look for a TPU nor ask the cloud about one.
-    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+    # The compiler must neither look for a TPU nor ask the cloud about one, and needs no TPU to itself.
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import topologies
 
-from experiments.train import load_config
+from experiments import train
 from hi3d_jax.models.aesthetic import AestheticConfig, AestheticPredictor
 from hi3d_jax.models.clip import CLIPVision, CLIPVisionConfig
 from hi3d_jax.models.depth import DPT, DPTConfig
@@ -46,6 +48,7 @@ from hi3d_jax.stages.memory import argument_bytes, beside_arguments, device_byte
 from hi3d_jax.stages.programs import Chunking
 from hi3d_jax.stages.random_model import random_networks
 from hi3d_jax.stages.recipe import Recipe
+from hi3d_jax.training.config import TrainConfig
 from hi3d_jax.training.program import TrainProgram
 from hi3d_jax.training.sharding import batch_shardings, make_mesh
 
@@ -103,10 +106,8 @@ def sampling(args: argparse.Namespace, devices: list[Any]) -> Work:
 
 def training(args: argparse.Namespace, devices: list[Any]) -> Work:
     """The training step of a config, its batch as pictures."""
-    config = load_config(args.config)
-    mesh = make_mesh(config.mesh, devices)
-    program = TrainProgram(config, mesh)
-    count, data = args.batch_size or config.data.batch_size, config.data
+    data, mesh = args.training.data, make_mesh(args.training.mesh, devices)
+    program, count = TrainProgram(args.training, mesh), data.batch_size
     views = (count, data.num_views, data.image_size, data.image_size)
     batch = {"views": ((*views, 4), jnp.uint8), "elevation_deg": ((count,), jnp.float32)}
     if data.coarse is not None:
@@ -138,8 +139,8 @@ def seconds_of(args: argparse.Namespace, chip: Chip, devices: int, argument_byte
     arithmetic, bus = flops / devices / chip.flops, argument_bytes / chip.bandwidth
     seconds = {"tflops": round(flops / 1e12, 2), "floor_seconds": round(max(arithmetic, bus), 4)}
     if args.mode == "train":
-        orbits = args.batch_size or load_config(args.config).data.batch_size
-        seconds["videos_per_second_at_40_percent"] = round(0.4 * orbits / arithmetic, 3)
+        rate = 0.4 * args.training.data.batch_size / arithmetic
+        seconds["videos_per_second_at_40_percent"] = round(rate, 3)
     return seconds
 
 
@@ -158,8 +159,18 @@ def bytes_of(chip: Chip, argument_bytes: int, compiled: Any) -> dict[str, Any]:
     return {f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()} | headroom
 
 
+def training_config(name: str, changes: list[str]) -> TrainConfig:
+    """The config as experiments/train.py would take it. Raises `SystemExit` for what it would refuse."""
+    try:
+        return train.parse([f"--config={name}", *changes])[0]
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", required=True, help="stage1 or stage2; to train, any of experiments/configs")
     parser.add_argument("--mode", default="sample", choices=["sample", "train"])
     parser.add_argument("--topology", default="v5e:2x2", help="chip and slice: v5e:2x4, v5p:2x2x1, v6e:2x2, ...")
@@ -172,10 +183,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--effort", type=float, default=-1.0, help="of the compiler's search for speed, -1 to 1; 0, its own, takes 5 x"
     )
-    parser.add_argument("--batch-size", type=int, help="orbits of a training step; default: the config's")
     parser.add_argument("--trace-only", action="store_true", help="count arithmetic and arguments, compile nothing")
     parser.add_argument("--tiny", action="store_true", help="the smallest networks, to try the command")
-    args = parser.parse_args(arguments)
+    args, changes = parser.parse_known_args(arguments)
+    if changes and args.mode != "train":
+        parser.error(f"{changes[0]} is unknown; fields of a config can be changed for --mode=train")
+    args.training = training_config(args.config, changes) if args.mode == "train" else None
     chip = args.topology.partition(":")[0]
     if chip not in CHIPS:
         parser.error(f"--topology={args.topology}: the chip {chip} is unknown; there are {', '.join(CHIPS)}")
@@ -186,7 +199,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     chip, devices = CHIPS[args.topology.partition(":")[0]], described_devices(args)
     start = time.perf_counter()
-    work = {"sample": sampling, "train": training}[args.mode](args, devices)
+    try:
+        work = {"sample": sampling, "train": training}[args.mode](args, devices)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     numbers = {"config": args.config, "mode": args.mode, "topology": args.topology, "devices": len(devices)}
     numbers |= seconds_of(args, chip, len(devices), work.argument_bytes, count_flops(work.traced.jaxpr))
     numbers["arguments_gib"] = round(work.argument_bytes / 2**30, 3)

@@ -26,7 +26,10 @@ def test_full_size_configs_have_the_papers_numbers():
         config = load_config(name)
         assert (config.steps, config.data.batch_size, config.optimizer.learning_rate) == (steps, batch, rate)
     assert load_config("stage1_official").optimizer.learning_rate == pytest.approx(16 * 1e-5)
-    assert load_config("stage2_official").task.unet.in_channels == 17
+    official = load_config("stage2_official")
+    assert official.task.unet.in_channels == 17
+    # The released code masks nothing and has no outputs of stage 1 among its coarse views (HI3D.md section 6).
+    assert (official.data.coarse.degradation.masked, official.data.coarse.stage1_share) == (0, 0)
 
 
 def test_the_command_line_overrides_typed_fields_and_refuses_others(capsys):

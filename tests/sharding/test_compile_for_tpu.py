@@ -33,3 +33,25 @@ def test_chips_that_are_not_known_are_refused():
     refused = run("--topology=v3:2x2")
     assert refused.returncode != 0
     assert "the chip v3 is unknown; there are v5e, v5p, v6e" in refused.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu")
+def test_a_training_step_takes_the_changes_that_training_takes():
+    tiny = ("--config=autoencoder_tiny", "--mode=train", "--trace-only", "--data.image-size=64", "--task.crop=32")
+    changed = ("--mesh.data=1", "--mesh.fsdp=4", "--data.batch-size=16")
+    whole, spread = (json.loads(run(*tiny, *changes).stdout) for changes in ((), changed))
+    # Parameters, two moments and their average: a quarter of each on each of four chips.
+    assert spread["arguments_gib"] < 0.3 * whole["arguments_gib"]
+    # Twice the orbits are twice the work.
+    rate = "videos_per_second_at_40_percent"
+    assert spread[rate] == pytest.approx(whole[rate], rel=1e-5)
+    assert spread["tflops"] > whole["tflops"] > 0
+    refused = run(*tiny, "--data.batch-size=6")
+    assert refused.returncode == 1
+    assert "make the batch larger" in refused.stderr
+
+
+def test_fields_are_only_changed_for_training():
+    refused = run("--data.batch-size=6")
+    assert refused.returncode != 0
+    assert "--mode=train" in refused.stderr
