@@ -1,8 +1,11 @@
-"""Turns a training run into a model folder: python experiments/export.py RUN -o MODEL_FOLDER [options]
+"""Turns training runs into model folders: python experiments/export.py RUN [RUN] -o MODEL_FOLDER [options]
 
 The folder has the networks that the run trained (their average, where the run kept one) and those it used as they
 are, with the stage's recipe, ready for `from_pretrained` and for `hi3d`. For an autoencoder, the latents' standard
-deviation is measured on the run's data and becomes the scaling factor.
+deviation is measured on the run's data and becomes the scaling factor. Of two runs, one for each stage, the folder
+has stage1/ and stage2/; networks that are equal in both are stored once. So hi3d-tiny was written:
+
+    python experiments/export.py runs/stage1_tiny runs/stage2_tiny -o hi3d_jax/weights/tiny --dtype float16
 """
 
 from __future__ import annotations
@@ -17,13 +20,15 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from hi3d_jax.training.export import DTYPES, export
+from hi3d_jax.training.export import DTYPES, Export, export, export_stages
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     first, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(description=first, epilog=rest)
-    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    parser = argparse.ArgumentParser(
+        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run; of two, each trains a stage")
     parser.add_argument("-o", "--output", required=True, metavar="MODEL_FOLDER", help="folder to write; must not exist")
     parser.add_argument("--step", type=int, help="step of the checkpoint; the newest readable one if not given")
     parser.add_argument(
@@ -40,18 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; 0 if the folder was written."""
     options = parse(arguments)
     try:
-        line = export(
-            options.run,
-            options.output,
-            step=options.step,
-            ema=options.weights == "ema",
-            dtype=options.dtype,
-            num_batches=options.batches,
-        )
+        how = Export(options.step, options.weights == "ema", options.dtype, options.batches)
+        if len(options.runs) == 1:
+            print(export(options.runs[0], options.output, how))
+        else:
+            print(export_stages(options.runs, options.output, how))
     except (ValueError, OSError) as error:
         print(f"error: {error}\nnothing was written", file=sys.stderr)
         return 1
-    print(line)
     return 0
 
 

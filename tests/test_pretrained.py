@@ -265,7 +265,8 @@ def test_the_hub(folder, monkeypatch, tmp_path):
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     assert from_pretrained("somebody/hi3d", "image_encoder").config == TINY
-    assert asked == [("somebody/hi3d", ["config.json"]), ("somebody/hi3d", ["config.json", "image_encoder/*"])]
+    assert asked[0] == ("somebody/hi3d", ["config.json"])
+    assert asked[-1] == ("somebody/hi3d", ["config.json", "image_encoder/*"])
     for text in ("no-such-folder", "https://example.org/a/b"):
         with pytest.raises(PretrainedError, match="neither a folder nor the id of a repository"):
             from_pretrained(text, "image_encoder")

@@ -20,7 +20,7 @@ from hi3d_jax.pretrained import PretrainedError, from_pretrained, parameters
 from hi3d_jax.training import sharding
 from hi3d_jax.training.checkpoint import Checkpoints, read_checkpoint, steps_in
 from hi3d_jax.training.config import CheckpointConfig
-from hi3d_jax.training.export import export
+from hi3d_jax.training.export import Export, export
 from hi3d_jax.training.loop import TrainingStopped, watch_skipped
 from hi3d_jax.training.metric_writer import read_metrics
 from hi3d_jax.training.program import TrainProgram
@@ -204,7 +204,7 @@ def test_a_full_disk_stops_no_training_and_spoils_no_checkpoint(place, reference
 
 
 def test_what_was_learnt_leaves_as_a_model_folder(place, reference):
-    line = export(reference, place / "model", num_batches=2)
+    line = export(reference, place / "model", Export(num_batches=2))
     assert f"the averaged weights of step {STEPS} in float32" in line
     vae = from_pretrained(place / "model", "vae")
     expected = read(place, "reference", STEPS)[0].ema["vae"]
@@ -213,7 +213,7 @@ def test_what_was_learnt_leaves_as_a_model_folder(place, reference):
     with pytest.raises(PretrainedError, match="exists already"):
         export(reference, place / "model")
     with pytest.raises(ValueError, match=r"no readable checkpoint of step 99"):
-        export(reference, place / "other", step=99)
+        export(reference, place / "other", Export(step=99))
     config = json.loads((reference / "config.json").read_text())
     assert config["task"]["crop"] == 4
 

@@ -41,13 +41,13 @@ class Generate:
     """PNG, JPEG, WebP, TIFF or BMP of any size and colour mode, or folders of them."""
     output: Output
     """New folder for the results."""
-    model: Model
+    model: Model = "tiny"
     """Folder with stage1/ and perhaps stage2/ in it, or one model folder, or a Hugging Face repository (owner/name)."""
     elevation_deg: float = 0.0
     """How far above the horizon the pictures were taken, in degrees."""
     seed: int = 0
     """The same seed gives the same meshes on the same machine."""
-    num_variants: int = 1
+    num_variants: Annotated[int, arg(aliases=["--variants"])] = 1
     """How many meshes to make of each image; variant k of a seed is the same however many are made."""
     num_steps: ByRecipe = None
     """Sampling steps of stages 1 and 2: fewer are faster and coarser."""

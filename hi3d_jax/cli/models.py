@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hi3d_jax.stages.model import StageModel
     from hi3d_jax.stages.pipeline import Hi3DPipeline
 
-Model = Annotated[str, arg(aliases=["-m"], metavar="FOLDER")]
+Model = Annotated[str, arg(aliases=["-m"], metavar="tiny|FOLDER|HUB_ID")]
 Dtype = Literal["auto", "float32", "bfloat16"]
 ByRecipe = Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: by the model's recipe)")]
 
@@ -44,7 +44,8 @@ def open_model(
 
 def open_pipeline(source: str, dtype: Dtype, memory_budget: str | None, num_devices: int) -> Hi3DPipeline:
     """The models of stage 1 and, where the source holds one, of stage 2; see `open_model`."""
-    from hi3d_jax.stages.pipeline import Hi3DPipeline, stage_folders
+    from hi3d_jax.pretrained import stage_folders
+    from hi3d_jax.stages.pipeline import Hi3DPipeline
     from hi3d_jax.stages.recipe import Recipe
 
     settings = dtype, memory_budget, num_devices

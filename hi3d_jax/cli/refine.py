@@ -20,7 +20,7 @@ class Refine:
     many equally spaced views as the model draws, view 0 first, the camera moving to its own right.
 
     examples:
-      hi3d views photo.png -o out --model models/hi3d && hi3d refine out -o refined --model models/hi3d
+      hi3d views photo.png -o out && hi3d refine out -o refined
       hi3d refine orbit.mp4 -o refined --model models/hi3d --elevation-deg 20 --image photo_on_white.png
       hi3d refine out -o refined --model models/hi3d --resume        # after Ctrl-C or a full disk
 
@@ -32,8 +32,8 @@ class Refine:
     """Folder, video or animated picture with the views."""
     output: Output
     """New folder for the results."""
-    model: Model
-    """Model folder of stage 2, or one with stage2/ in it, or the id of a Hugging Face repository (owner/name)."""
+    model: Model = "tiny"
+    """The small model in the package, a model folder of stage 2 or with stage2/ in it, or a Hugging Face repository."""
     image: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: what `hi3d views` was given)")] = (
         None
     )

@@ -20,8 +20,8 @@ class Views:
     itself, the camera then moves to its own right.
 
     examples:
-      hi3d views photo.png -o out --model models/hi3d
-      hi3d views photo.png -o out --model models/hi3d --elevation-deg 20 --num-variants 4
+      hi3d views photo.png -o out
+      hi3d views photo.png -o out --model models/hi3d --elevation-deg 20 --variants 4
       hi3d views photo.png -o out --model models/hi3d --num-steps 10 --preview-every 2     # a first look
       hi3d refine out -o refined --model models/hi3d && hi3d reconstruct refined -o mesh
       hi3d views photo.png -o out --model models/hi3d --resume       # after Ctrl-C or a full disk
@@ -35,13 +35,13 @@ class Views:
     """PNG, JPEG, WebP, TIFF, BMP or GIF of any size and colour mode."""
     output: Output
     """New folder for the results."""
-    model: Model
-    """Model folder of stage 1, or one with stage1/ in it, or the id of a Hugging Face repository (owner/name)."""
+    model: Model = "tiny"
+    """The small model in the package, a model folder of stage 1 or with stage1/ in it, or a Hugging Face repository."""
     elevation_deg: float = 0.0
     """How far above the horizon the picture was taken, in degrees."""
     seed: int = 0
     """The same seed gives the same views on the same machine."""
-    num_variants: int = 1
+    num_variants: Annotated[int, arg(aliases=["--variants"])] = 1
     """How many orbits to draw; variant k of a seed is the same however many are drawn."""
     num_steps: ByRecipe = None
     """Sampling steps: fewer are faster and coarser."""

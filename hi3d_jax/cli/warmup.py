@@ -18,21 +18,22 @@ class Warmup:
     what changed: another model size, device, precision or version of JAX.
 
     examples:
+      hi3d warmup
       hi3d warmup --model models/hi3d
       hi3d warmup --model models/hi3d --dtype float32
     """
 
-    model: Model
-    """Model folder of a stage, or one with stage1/ and stage2/ in it, or the id of a Hugging Face repository."""
+    model: Model = "tiny"
+    """The small model in the package, a model folder, one with stage1/ and stage2/, or a Hugging Face repository."""
     dtype: Dtype = "auto"
     """What networks compute in; auto: float32 on CPU, else bfloat16. Must be what the runs will use."""
 
     def run(self) -> None:
         if os.environ.get("HI3D_CACHE") == "off" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             raise OutputError("HI3D_CACHE=off keeps no compiled programs, so there is nothing to warm up; unset it")
+        from hi3d_jax.pretrained import stage_folders
         from hi3d_jax.stages.memory import gigabytes, program_bytes
         from hi3d_jax.stages.model import StageModel
-        from hi3d_jax.stages.pipeline import stage_folders
 
         for folder in stage_folders(self.model):
             model = StageModel(folder, dtype=chosen_dtype(self.dtype))

@@ -4,6 +4,9 @@
     unet/model.safetensors               parameters under their dotted paths
     vae/model-00001-of-00002.safetensors, ..., vae/model.safetensors.index.json      where they exceed 5 GB
 
+Model folders that lie in one folder, as stage1/ and stage2/ do, can share weights: a network whose entry in config.json
+says `"weights": "../stage1/vae"` has none of its own (`bundles.save_bundle` writes such).
+
 Loading maps the files and moves one tensor at a time to its devices, already in its dtype and sharding, so that the
 weights are never held twice. Whatever does not fit (a config field that does not exist, a tensor missing, left over or
 of another shape) is one `PretrainedError` that names everything.
@@ -14,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +44,16 @@ class NetworkWeights:
 
 
 def write_model_folder(
-    folder: str | Path, networks: Mapping[str, NetworkWeights], recipe: Mapping[str, Any] | None = None
+    folder: str | Path,
+    networks: Mapping[str, NetworkWeights],
+    recipe: Mapping[str, Any] | None = None,
+    shared: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a model folder with one network per name; nothing is left behind if that fails.
 
-    `recipe` is what the pipeline has to know beside its networks, as JSON. Raises `PretrainedError`, and
-    `FileExistsError` where there is something at `folder`.
+    `recipe` is what the pipeline has to know beside its networks, as JSON. `shared`: where the weights of some networks
+    are already, like "../stage1/vae". Raises `PretrainedError`, and `FileExistsError` where there is something at
+    `folder`.
     """
     if not networks:
         raise PretrainedError(f"{folder}: a model folder needs at least one network")
@@ -56,10 +63,14 @@ def write_model_folder(
         name: {"class": weights.network.__name__, "config": config_to_dict(weights.config)}
         for name, weights in networks.items()
     }
+    for name, reference in (shared or {}).items():
+        described[name]["weights"] = reference
     with made_aside(folder) as aside:
+        aside.mkdir()
         for name, weights in networks.items():
-            (aside / name).mkdir(parents=True)
-            write_shards(aside / name, weights.tensors)
+            if "weights" not in described[name]:
+                (aside / name).mkdir()
+                write_shards(aside / name, weights.tensors)
         config = {"recipe": dict(recipe or {}), "networks": described}
         (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -76,15 +87,18 @@ class _Arrays:
 
 
 def save_pretrained(
-    folder: str | Path, networks: Mapping[str, nnx.Module], recipe: Mapping[str, Any] | None = None
+    folder: str | Path,
+    networks: Mapping[str, nnx.Module],
+    recipe: Mapping[str, Any] | None = None,
+    shared: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes networks (each with its config as attribute `config`) and their recipe as a model folder."""
+    """Writes networks (each with its config as attribute `config`) and their recipe as `write_model_folder` does."""
     weights = {}
     for name, network in networks.items():
         values = parameters(network)
         specs = {path: jax.ShapeDtypeStruct(value.shape, value.dtype) for path, value in values.items()}
         weights[name] = NetworkWeights(type(network), network.config, _Arrays(specs, values))
-    write_model_folder(folder, weights, recipe)
+    write_model_folder(folder, weights, recipe, shared)
 
 
 def read_config(source: str | Path) -> dict[str, Any]:
@@ -125,14 +139,51 @@ def from_pretrained(
     `param_dtype` what its parameters are stored in (None: the same). `sharding` is one for all parameters or a function
     of (dotted path, shape and dtype); None puts them on the default device. Raises `PretrainedError`.
     """
+    dtypes = {"dtype": dtype, "param_dtype": dtype if param_dtype is None else param_dtype}
+    abstract, arrays = _opened(source, network, dtypes)
+    return with_parameters(abstract, lambda path, spec: _put(arrays[path], path, spec, sharding))
+
+
+def check_weights(source: str | Path, networks: Iterable[str], dtype: Any = jnp.float32) -> None:
+    """Raises `PretrainedError` where weights are missing, cut short or do not fit; of the files only reads headers.
+
+    What a hub has of the model is downloaded first. `dtype` is what the networks will be loaded in.
+    """
+    for network in networks:
+        _opened(source, network, {"dtype": dtype, "param_dtype": dtype})
+
+
+def _opened(source: str | Path, network: str, dtypes: Mapping[str, Any]) -> tuple[nnx.Module, Mapping[str, np.ndarray]]:
+    """The network without its weights, and the weights that fit it, as views of the mapped files."""
     described = read_networks(source)
     if network not in described:
         raise PretrainedError(f"{source} has no network {network!r}; it has {', '.join(described) or 'none'}")
-    cls, config = described[network]
-    abstract = abstract_network(cls, config, dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype)
-    arrays = open_shards(resolve(source, (network,)) / network)
+    abstract = abstract_network(*described[network], **dtypes)
+    arrays = open_shards(weights_folder(source, network))
     _check_parameters(f"{source}, {network}", parameters(abstract), arrays)
-    return with_parameters(abstract, lambda path, spec: _put(arrays[path], path, spec, sharding))
+    return abstract, arrays
+
+
+def weights_folder(source: str | Path, network: str) -> Path:
+    """The local folder with the weights of one network, which may be another model's. Raises `PretrainedError`."""
+    reference = read_config(source)["networks"][network].get("weights")
+    if reference is None:
+        return resolve(source, (network,)) / network
+    if not re.fullmatch(r"\.\./\w[\w.-]*/\w[\w.-]*", str(reference)):
+        raise PretrainedError(
+            f"config.json of {source}: the weights of {network} are said to be in {reference!r}, which is no folder of "
+            "a model beside it, like ../stage1/vae"
+        )
+    _, model, name = reference.split("/")
+    if Path(source).is_dir():
+        folder = Path(source).absolute().parent / model
+        if not folder.is_dir():
+            raise PretrainedError(f"{folder} is missing, which holds weights of {source}; download it beside that")
+        return folder / name
+    if str(source).count("/") < 2:
+        raise PretrainedError(f"config.json of {source}: there is nothing beside a repository to share {network} with")
+    beside = f"{str(source).rpartition('/')[0]}/{model}"
+    return resolve(beside, (name,)) / name
 
 
 def _put(array: np.ndarray, path: str, spec: jax.ShapeDtypeStruct, sharding: Sharding | None) -> jax.Array:
@@ -162,20 +213,29 @@ def _check_parameters(
 
 
 def resolve(source: str | Path, networks: tuple[str, ...]) -> Path:
-    """The local folder of a model: itself, or these networks of it from the Hugging Face hub."""
+    """The local folder of a model: itself, or these networks of it from the Hugging Face hub.
+
+    There a model is a repository ("owner/name") or a folder of one ("owner/name/stage1").
+    """
     if Path(source).is_dir():
         return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w-][\w.-]*))?", str(source))
+    if not found:
         raise PretrainedError(f"{source} is neither a folder nor the id of a repository (owner/name)")
+    repository, inner = found[1], f"{found[2]}/" if found[2] else ""
+    return download(repository, [f"{inner}config.json", *(f"{inner}{network}/*" for network in networks)]) / inner
+
+
+def download(repository: str, patterns: list[str]) -> Path:
+    """The local copy of a repository of the Hugging Face hub, with the files of these patterns."""
     try:
         import huggingface_hub
     except ImportError as error:
-        raise PretrainedError(f"{source} is not a folder; to download it, pip install huggingface_hub") from error
+        raise PretrainedError(f'{repository} is not a folder; to download it, pip install "hi3d_jax[hub]"') from error
     try:
-        patterns = ["config.json", *(f"{network}/*" for network in networks)]
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise PretrainedError(
-            f"{source} is not a folder, and the Hugging Face hub does not give it ({type(error).__name__}: {error}); "
-            "check the name and the connection, or download the folder by other means and pass its path"
+            f"{repository} is not a folder, and the Hugging Face hub does not give it ({type(error).__name__}: "
+            f"{error}); check the name and the connection, or download the folder by other means and pass its path"
         ) from error

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from hi3d_jax import diffusion
 from hi3d_jax.images import to_bytes
 from hi3d_jax.models.vae import Posterior
-from hi3d_jax.pretrained import abstract_network, from_pretrained, read_networks
+from hi3d_jax.pretrained import abstract_network, check_weights, from_pretrained, read_networks, weights_folder
 from hi3d_jax.stages import conditioning
 from hi3d_jax.stages.checks import StageError
 from hi3d_jax.stages.conditioning import ConditionParts, Encoders
@@ -82,6 +82,7 @@ class StageModel:
                 f"(it has {', '.join(described) or 'none'})"
             )
         names = [*wanted, "conditioning_vae"] if "conditioning_vae" in described else wanted
+        self.networks = tuple(names)
         sizes = {name: described[name] for name in names}
         check_fit(source, self.recipe, {name: config for name, (_, config) in sizes.items()})
         device_mesh = None if devices is None else make_device_mesh(self.recipe.num_views, devices)
@@ -103,19 +104,23 @@ class StageModel:
         """For progress bars and errors."""
         return f"stage {self.recipe.stage}"
 
+    def check_weights(self) -> None:
+        """Raises `PretrainedError` where weights are missing, cut short or do not fit, before anything is computed."""
+        check_weights(self.source, self.networks, self.dtype)
+
     def fingerprint(self) -> str | None:
         """Tells models apart by names, sizes and both ends of their weights' files; None where they are not local."""
-        folder = Path(self.source)
-        if not folder.is_dir():
+        if not Path(self.source).is_dir():
             return None
         digest = hashlib.sha256()
-        for path in sorted(folder.glob("*/*.safetensors")):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder).as_posix()} {size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(END_BYTES))
-                file.seek(max(size - END_BYTES, 0))
-                digest.update(file.read())
+        for name in sorted(self.networks):
+            for path in sorted(weights_folder(self.source, name).glob("*.safetensors")):
+                size = path.stat().st_size
+                digest.update(f"{name}/{path.name} {size}".encode())
+                with path.open("rb") as file:
+                    digest.update(file.read(END_BYTES))
+                    file.seek(max(size - END_BYTES, 0))
+                    digest.update(file.read())
         return digest.hexdigest()
 
     @contextlib.contextmanager

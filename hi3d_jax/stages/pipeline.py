@@ -16,6 +16,7 @@ from jaxtyping import Float, UInt8
 from hi3d_jax.cameras import Cameras
 from hi3d_jax.cameras import orbit as orbit_cameras
 from hi3d_jax.images import Matting, to_bytes, write_png
+from hi3d_jax.pretrained import stage_folders
 from hi3d_jax.stages import orbit_files
 from hi3d_jax.stages.framing import frame_image, resize_view
 from hi3d_jax.stages.inputs import Picture, check_numbers, cut_out, on_white, orbit_elevation, read_picture
@@ -26,8 +27,6 @@ from hi3d_jax.stages.refine import check_count, refine
 from hi3d_jax.stages.run_record import RunRecord
 from hi3d_jax.stages.steps import Steps
 from hi3d_jax.video import Orbit
-
-STAGE_FOLDERS = ("stage1", "stage2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +67,9 @@ class Hi3DPipeline:
     def from_pretrained(cls, *sources: str | Path, **settings: Any) -> Hi3DPipeline:
         """A pipeline of the stages that the model folders hold.
 
-        Each source is the folder of a stage, one with such folders as stage1/ and stage2/, or a Hugging Face
-        repository. `settings` are those of `StageModel`. Raises `PretrainedError` or `RecipeError`.
+        Each source is the folder of a stage, one with such folders as stage1/ and stage2/, a Hugging Face repository of
+        either kind, or "tiny", which comes with the package. `settings` are those of `StageModel`. Raises
+        `PretrainedError` or `RecipeError`.
         """
         models: dict[int, StageModel] = {}
         for folder in (folder for source in sources for folder in stage_folders(source)):
@@ -104,6 +104,8 @@ class Hi3DPipeline:
             raise RecipeError("there is no model of stage 1 to make views with; give the folder of one")
         if num_variants < 1:
             raise RecipeError(f"{num_variants} variants: ask for at least 1")
+        for model in filter(None, (self.generator, self.refiner)):
+            model.check_weights()
         numbers = {"seed": seed, "elevation_deg": elevation_deg, "num_steps": num_steps}
         check_numbers(self.generator.recipe, **numbers)
         cut = cut_out(image, matting)
@@ -152,6 +154,7 @@ class Hi3DPipeline:
         if self.refiner is None:
             raise RecipeError("there is no model of stage 2 to refine views with; give the folder of one")
         recipe, size = self.refiner.recipe, self.refiner.recipe.image_size
+        self.refiner.check_weights()
         check_count(self.refiner, len(views))
         if cameras is None:
             cameras = _cameras(recipe, elevation_deg)
@@ -237,13 +240,6 @@ def open_stage(source: str | Path, stage: Literal[1, 2], **settings: Any) -> Sta
     folders = stage_folders(source)
     fitting = [folder for folder in folders if Recipe.of(folder).stage == stage]
     return StageModel((fitting or folders)[0], stage, **settings)
-
-
-def stage_folders(source: str | Path) -> list[str | Path]:
-    """The folders of stages that a source stands for: itself, or its stage1/ and stage2/."""
-    folder = Path(source)
-    inner = [folder / name for name in STAGE_FOLDERS if (folder / name / "config.json").exists()]
-    return inner if inner and not (folder / "config.json").exists() else [source]
 
 
 def _cameras(recipe: Recipe, elevation_deg: float) -> Cameras:

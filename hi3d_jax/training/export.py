@@ -1,8 +1,9 @@
-"""From a run's checkpoint to a model folder."""
+"""From runs' checkpoints to model folders."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hi3d_jax.pretrained import PretrainedError, parameters, save_pretrained, with_parameters
+from hi3d_jax.pretrained import PretrainedError, parameters, save_bundle, save_pretrained, with_parameters
 from hi3d_jax.training import batches, sharding
 from hi3d_jax.training.checkpoint import CheckpointError, read_checkpoint, steps_in
 from hi3d_jax.training.loop import load_config
@@ -24,33 +25,73 @@ from hi3d_jax.training.tasks.pictures import over_white
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def export(
-    run: str | Path,
-    output: str | Path,
-    *,
-    step: int | None = None,
-    ema: bool = True,
-    dtype: str = "float32",
-    num_batches: int = 16,
-) -> str:
-    """Writes the model folder and returns a line about it.
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What becomes of a run. `step` is that of the checkpoint (None: the newest readable).
 
-    `step` is that of the checkpoint (None: the newest readable). `ema` takes the averaged weights, where the run kept
-    an average. Raises `ValueError` where there is no such checkpoint, `PretrainedError` where the folder exists.
+    `ema` takes the averaged weights, where the run kept an average; `dtype` is what they are stored in. The scaling
+    factor of an autoencoder is measured on `num_batches` of the run's data.
     """
+
+    step: int | None = None
+    ema: bool = True
+    dtype: str = "float32"
+    num_batches: int = 16
+
+    def contents(self, run: str | Path) -> tuple[dict[str, nnx.Module], dict[str, Any], str]:
+        """The networks that belong in the run's model folder, its recipe, and a line about the weights."""
+        config = load_config(run)
+        # One device is enough: the values are only copied.
+        mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
+        program = TrainProgram(config, mesh)
+        state = _read(Path(run) / "checkpoints", self.step, program)
+        averaged = bool(self.ema and state.ema)
+        networks = program.networks(state.ema if averaged else state.params, program.frozen_values())
+        networks, recipe = _as_released(config.task, networks, config, self.num_batches)
+        kind = "averaged" if averaged else "raw"
+        line = f"{', '.join(networks)}; the {kind} weights of step {int(state.step)} in {self.dtype}"
+        return {name: _cast(network, self.dtype) for name, network in networks.items()}, recipe, line
+
+
+def export(run: str | Path, output: str | Path, how: Export | None = None) -> str:
+    """Writes the model folder of a run and returns a line about it.
+
+    Raises `ValueError` where there is no such checkpoint, `PretrainedError` where the folder exists.
+    """
+    _refuse_existing(output)
+    networks, recipe, line = (how or Export()).contents(run)
+    save_pretrained(output, networks, recipe)
+    return f"wrote {output}: {line}"
+
+
+def export_stages(runs: Sequence[str | Path], output: str | Path, how: Export | None = None) -> str:
+    """Writes the stages that `runs` trained into one folder, as stage1/ and stage2/; what is equal is stored once.
+
+    Returns a line for each. Raises as `export`, and `ValueError` where runs do not train different stages.
+    """
+    _refuse_existing(output)
+    models: dict[str, tuple[dict[str, nnx.Module], dict[str, Any]]] = {}
+    lines: dict[str, str] = {}
+    for run in runs:
+        task = load_config(run).task
+        if not isinstance(task, StageTask):
+            raise ValueError(f"{run} trains no stage; export it by itself")
+        name = f"stage{task.recipe.stage}"
+        if name in models:
+            raise ValueError(f"{run} trains {name}, as does another of the runs; name one of them")
+        networks, recipe, lines[name] = (how or Export()).contents(run)
+        models[name] = networks, recipe
+    references = save_bundle(output, dict(sorted(models.items())))
+    written = []
+    for name, shared in references.items():
+        also = "".join(f"; {network} is {where}" for network, where in shared.items())
+        written.append(f"wrote {Path(output) / name}: {lines[name]}{also}")
+    return "\n".join(written)
+
+
+def _refuse_existing(output: str | Path) -> None:
     if Path(output).exists():
         raise PretrainedError(f"{output} exists already; choose another name or delete it")
-    config = load_config(run)
-    # One device is enough: the values are only copied.
-    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    program = TrainProgram(config, mesh)
-    state = _read(Path(run) / "checkpoints", step, program)
-    averaged = bool(ema and state.ema)
-    networks = program.networks(state.ema if averaged else state.params, program.frozen_values())
-    networks, recipe = _as_released(config.task, networks, config, num_batches)
-    save_pretrained(output, {name: _cast(network, dtype) for name, network in networks.items()}, recipe)
-    kind = "averaged" if averaged else "raw"
-    return f"wrote {output}: {', '.join(networks)}; the {kind} weights of step {int(state.step)} in {dtype}"
 
 
 def _read(folder: Path, step: int | None, program: TrainProgram) -> TrainState:
