@@ -5,7 +5,8 @@
     python experiments/evaluate.py meshes objects/ --split val --systems ours=outputs/a --baselines hull -o scores
 
 A system is NAME=FOLDER or NAME=FOLDER:LAYOUT, its folder as `hi3d evaluate` takes it. Each system's own tables and
-report are in OUTPUT/NAME, the comparison in OUTPUT/comparison.md and .json. Baselines are made here from the truths:
+report are in OUTPUT/NAME, the comparison (differences from the first system, object by object, too) in
+OUTPUT/comparison.html, .md, .csv and .json. Baselines are made here from the truths:
 copy_input hands view 0 back for every view, hull carves the true masks of 16 views, floor is the truth itself moved by
 half a thousandth: what no system can be told from. Runs go on where they stopped.
 """
@@ -13,7 +14,6 @@ half a thousandth: what no system can be told from. Runs go on where they stoppe
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,16 +22,15 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from hi3d_jax.atomic import written_aside
 from hi3d_jax.cli.compiled_programs import keep_compiled_programs
 from hi3d_jax.cli.evaluate import Evaluate
 from hi3d_jax.data import load_object, render_orbit
-from hi3d_jax.evaluation import EvaluationError, Row, summarise
+from hi3d_jax.evaluation import EvaluationError, Row
 from hi3d_jax.evaluation.baselines import copy_input, hull
+from hi3d_jax.evaluation.comparison import write_comparison
 from hi3d_jax.evaluation.importers import read_views
 from hi3d_jax.evaluation.protocols import moved
 from hi3d_jax.evaluation.results import MESH_SUFFIXES, find_truths
-from hi3d_jax.evaluation.tables import as_markdown, comparison_cells
 from hi3d_jax.mesh import write_mesh
 from hi3d_jax.video import Orbit, write_orbit
 
@@ -82,14 +81,13 @@ def main() -> None:
     if not systems:
         raise SystemExit("nothing to compare: name systems with --systems or baselines with --baselines")
     rows = {name: score(name, folder, layout, config) for name, (folder, layout) in systems.items()}
-    summaries = {
-        name: {metric: dataclasses.asdict(summary) for metric, summary in summarise(scored).items()}
-        for name, scored in rows.items()
-    }
-    table = as_markdown(comparison_cells(rows))
-    _write(config.output / "comparison.md", table + "\n")
-    _write(config.output / "comparison.json", json.dumps(summaries, indent=1) + "\n")
-    print(table)
+    about = {"what": config.what, "truth": config.truth, "protocol": config.protocol, "split": config.split}
+    reference = next(iter(rows)) if len(rows) > 1 else None
+    print(write_comparison(config.output, f"{config.what}, {config.protocol}", _texts(about), rows, reference))
+
+
+def _texts(about: dict) -> dict[str, str]:
+    return {name: str(value) for name, value in about.items()}
 
 
 def _parse(system: str) -> tuple[str, tuple[Path, str]]:
@@ -151,11 +149,6 @@ def _orbit(truth: Path, size: int, config: Comparison) -> Orbit:
     if found.cameras is None:
         raise EvaluationError(f"{truth} has no cameras.json, which a baseline needs; give the truth as an object file")
     return Orbit(found.views, np.ones(found.views.shape[:3], np.float32), found.cameras)
-
-
-def _write(path: Path, text: str) -> None:
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -30,18 +30,43 @@ def html_report(
 ) -> str:
     """The report as text. `pictures` maps a row's name to JPEG files, which are put into the report."""
     parts = [
-        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{html.escape(title)}</title>",
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{STYLE}</style></head><body>',
-        f"<h1>{html.escape(title)}</h1>",
-        _settings(about),
-        f"<p class=note>{LEGEND}</p><h2>All objects</h2>",
+        "<h2>All objects</h2>",
         _summary(rows),
         "<h2>Object by object</h2>",
         _grid(score_cells(rows)),
         *(_details(row, pictures.get(row.name, ())) for row in rows),
-        "</body></html>\n",
     ]
-    return "\n".join(parts)
+    return _page(title, about, parts)
+
+
+def comparison_report(
+    title: str,
+    about: Mapping[str, Any],
+    tables: Mapping[str, Sequence[Sequence[str]]],
+    pictures: Mapping[str, Mapping[str, Sequence[Path]]],
+) -> str:
+    """Several systems as text: `tables` by their headings, then for each result all systems' `pictures`.
+
+    `pictures` maps a system's name to those that `html_report` takes.
+    """
+    parts = [f"<h2>{html.escape(label)}</h2>{_grid(cells)}" for label, cells in tables.items()]
+    for name in dict.fromkeys(name for each in pictures.values() for name in each):
+        parts.append(f"<h3>{html.escape(name)}</h3>")
+        for system, found in pictures.items():
+            if name in found:
+                parts.append(f"<h4>{html.escape(system)}</h4>{_shown(found[name])}")
+    return _page(title, about, parts)
+
+
+def _page(title: str, about: Mapping[str, Any], parts: Sequence[str]) -> str:
+    head = [
+        f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{html.escape(title)}</title>",
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{STYLE}</style></head><body>',
+        f"<h1>{html.escape(title)}</h1>",
+        _settings(about),
+        f"<p class=note>{LEGEND}</p>",
+    ]
+    return "\n".join([*head, *parts, "</body></html>\n"])
 
 
 def _settings(about: Mapping[str, Any]) -> str:
@@ -60,12 +85,15 @@ def _summary(rows: Sequence[Row]) -> str:
 def _details(row: Row, pictures: Sequence[Path]) -> str:
     remarks = [f"<p class=error>{html.escape(row.error)}</p>"] if row.error else []
     remarks += [f"<p class=note>{html.escape(note)}</p>" for note in row.notes]
-    shown = [
+    return f"<h3>{html.escape(row.name)}</h3>{''.join(remarks)}{_shown(pictures)}"
+
+
+def _shown(pictures: Sequence[Path]) -> str:
+    return "".join(
         f'<img alt="{html.escape(picture.stem)}" src="data:image/jpeg;base64,'
         f'{base64.b64encode(picture.read_bytes()).decode()}">'
         for picture in pictures
-    ]
-    return f"<h3>{html.escape(row.name)}</h3>{''.join(remarks)}{''.join(shown)}"
+    )
 
 
 def _grid(lines: Sequence[Sequence[str]]) -> str:

@@ -61,11 +61,16 @@ def score_all(
         if row is None:
             row = _score(result, score, kept, stem)
         rows.append(row)
-        pictures[row.name] = sorted(kept.glob(f"{stem}@*.jpg"))
+        pictures[row.name] = pictures_of(folder, row)
     _write(folder / "scores.csv", as_csv(rows))
     _write(folder / "scores.json", as_json(rows, about))
     _write(folder / "report.html", html_report(title, about, rows, pictures))
     return rows
+
+
+def pictures_of(folder: Path, row: Row) -> list[Path]:
+    """The pictures that a run into `folder` left of a row."""
+    return sorted((folder / OBJECTS).glob(f"{_stem(row)}@*.jpg"))
 
 
 def begin(folder: Path, about: Mapping[str, Any], resume: bool) -> None:
@@ -127,7 +132,7 @@ def _read_row(path: Path, state: list[list[int]]) -> Row | None:
         return None
 
 
-def _stem(result: Result) -> str:
+def _stem(result: Result | Row) -> str:
     """A file name for a result, without what a name may not hold."""
     seed = "" if result.seed is None else f".seed_{result.seed}"
     return re.sub(r"[^\w.-]", "_", result.object_name).strip(".") + seed

@@ -12,7 +12,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,10 +91,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Summary]:
 
 
 def _summary(name: str, rows: Sequence[Row]) -> Summary:
-    by_object: dict[str, list[float]] = {}
-    for row in rows:
-        if name in row.scores:
-            by_object.setdefault(row.object_name, []).append(row.scores[name])
+    by_object = _by_object(name, rows)
     means = np.array([np.mean(values) for values in by_object.values()])
     low, high = bootstrap_interval(means) if len(means) > 1 else (None, None)
     best = spread = None
@@ -104,6 +101,19 @@ def _summary(name: str, rows: Sequence[Row]) -> Summary:
         several = [np.std(values, ddof=1) for values in by_object.values() if len(values) > 1]
         spread = float(np.mean(several))
     return Summary(float(means.mean()), low, high, len(means), best, spread)
+
+
+def object_means(name: str, rows: Sequence[Row]) -> dict[str, float]:
+    """The mean of one metric over each object's seeds."""
+    return {object_name: float(np.mean(values)) for object_name, values in _by_object(name, rows).items()}
+
+
+def _by_object(name: str, rows: Sequence[Row]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if name in row.scores:
+            found.setdefault(row.object_name, []).append(row.scores[name])
+    return found
 
 
 def bootstrap_interval(values: np.ndarray, level: float = LEVEL, seed: int = 0) -> tuple[float, float]:
@@ -148,7 +158,7 @@ def summary_cells(summaries: Mapping[str, Summary]) -> list[list[str]]:
     lines = [["metric", "mean", f"{LEVEL:.0%} interval", "objects"] + ["best seed", "spread over seeds"] * seeds]
     for name, summary in summaries.items():
         _, _, digits = metric(name)
-        shown = [arrow_label(name), f"{summary.mean:.{digits}f}", _interval(summary, digits), str(summary.objects)]
+        shown = [arrow_label(name), f"{summary.mean:.{digits}f}", interval_text(summary, digits), str(summary.objects)]
         if seeds:
             extra = (summary.best, summary.spread)
             shown += ["" if value is None else f"{value:.{digits}f}" for value in extra]
@@ -180,31 +190,6 @@ def as_markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in shown)
 
 
-def comparison_cells(systems: Mapping[str, Sequence[Row]]) -> list[list[str]]:
-    """Several systems side by side: mean and interval of each metric, the best mean between asterisks."""
-    summaries = {name: summarise(rows) for name, rows in systems.items()}
-    columns = list(dict.fromkeys(name for summary in summaries.values() for name in summary))
-    best = {name: _best(name, summaries.values()) for name in columns}
-    lines = [
-        [system, *(_cell(name, summary.get(name), best[name]) for name in columns)]
-        for system, summary in summaries.items()
-    ]
-    return [["system", *map(arrow_label, columns)], *lines]
-
-
-def _best(name: str, summaries: Iterable[Mapping[str, Summary]]) -> float:
-    means = [summary[name].mean for summary in summaries if name in summary]
-    return max(means) if metric(name).better > 0 else min(means)
-
-
-def _cell(name: str, summary: Summary | None, best: float) -> str:
-    if summary is None:
-        return ""
-    digits = metric(name).digits
-    mean = f"{summary.mean:.{digits}f}"
-    interval = _interval(summary, digits)
-    return (f"**{mean}**" if summary.mean == best else mean) + (f" ({interval})" if interval else "")
-
-
-def _interval(summary: Summary, digits: int) -> str:
+def interval_text(summary: Summary, digits: int) -> str:
+    """A summary's interval, empty where it has none."""
     return "" if summary.low is None else f"{summary.low:.{digits}f} to {summary.high:.{digits}f}"
