@@ -21,7 +21,7 @@ from hi3d_jax.training.program import TrainProgram
 
 # A quarter of the compile time; the kernels are the same, less optimised.
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
-MESHES = (MeshConfig(8, 1, 1), MeshConfig(1, 8, 1), MeshConfig(2, 2, 2))
+MESHES = (MeshConfig(8, 1, 1), MeshConfig(1, 8, 1), MeshConfig(2, 2, 2), MeshConfig(1, 2, 2, 2))
 BLOCK = BlockConfig(32, 64, 16, num_heads=2, transformer_layers=1, epsilon=1e-5, remat="none")
 
 
@@ -94,6 +94,9 @@ def test_a_step_is_the_same_on_every_mesh():
         for name in ("params", "ema"):
             compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
             jax.tree.map(compare, getattr(state, name), getattr(expected, name))
+    state = others[2][0]
+    split = state.params["middle"]["mid_block.resnets.0.spatial_res_block.conv1.kernel"]
+    assert split.addressable_shards[0].data.shape == (3, 3, 8, 16), "inputs over fsdp and views"
     state = others[1][0]
     split = state.params["middle"]["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.kernel"]
     assert split.sharding.spec == P("fsdp", "tensor")
@@ -104,7 +107,7 @@ def test_a_step_is_the_same_on_every_mesh():
 
 
 def test_what_does_not_divide_is_named():
-    with pytest.raises(ValueError, match=r"3, mesh.fsdp=1, mesh.tensor=1 do not arrange 8 devices"):
+    with pytest.raises(ValueError, match=r"3, mesh.fsdp=1, mesh.tensor=1, mesh.views=1 do not arrange 8 devices"):
         sharding.make_mesh(MeshConfig(3, 1, 1))
     mesh = sharding.make_mesh(MeshConfig(1, 4, 2))
     path = "down_blocks.0.resnets.0.spatial_res_block.conv1.kernel"
@@ -112,6 +115,23 @@ def test_what_does_not_divide_is_named():
         sharding.parameter_sharding(mesh, path, (3, 3, 30, 32))
     with pytest.raises(ValueError, match=r"6 examples does not divide by mesh.data x mesh.fsdp = 4"):
         sharding.batch_shardings(mesh, {"views": np.zeros((6, 2))})
+    mesh = sharding.make_mesh(MeshConfig(1, 2, 1, 4))
+    with pytest.raises(ValueError, match=rf"{path} \(3, 3, 30, 32\): .* by mesh.fsdp=2 x mesh.views=4"):
+        sharding.parameter_sharding(mesh, path, (3, 3, 30, 32))
+    with pytest.raises(ValueError, match=r"6 views do not divide by mesh.views=4"):
+        sharding.batch_shardings(mesh, {"views": np.zeros((2, 6, 1))})
+
+
+def test_processes_that_share_examples_read_the_same_part():
+    """Rows: parts of a batch; in them the processes of the devices that work on that part."""
+    apart = np.array([[0, 0], [0, 0], [1, 1], [1, 1]])
+    assert [sharding.reading_part(apart, process) for process in (0, 1)] == [(0, 2), (1, 2)]
+    together = np.array([[0, 1], [0, 1], [2, 3], [2, 3]])
+    assert [sharding.reading_part(together, process) for process in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    scattered = np.array([[1, 1], [0, 0], [1, 1], [0, 0]])
+    assert [sharding.reading_part(scattered, process) for process in (0, 1)] == [(1, 2), (0, 2)]
+    with pytest.raises(ValueError, match=r"3 devices share an example, which processes of 2 devices cannot read"):
+        sharding.reading_part(np.array([[0, 0, 1], [1, 2, 2]]), 0)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import grain
-import jax
 import numpy as np
 
 from hi3d_jax.data.loader import Batch, open_batches
@@ -17,17 +16,22 @@ EXAMPLE = "example"
 EXAMPLE_ORBITS = 16
 
 
-def training_batches(config: TrainConfig) -> grain.DatasetIterator[Batch]:
-    """An endless iterator over this process's part of the training batches. Raises `ValueError`, `RecordError`."""
-    return _open(config, config.data.folder, shuffle=True)
+# Which part of every batch is read, and the number of parts: `sharding.reading_part`.
+Part = tuple[int, int]
+WHOLE: Part = (0, 1)
 
 
-def validation_batches(config: TrainConfig) -> grain.DatasetIterator[Batch]:
+def training_batches(config: TrainConfig, part: Part = WHOLE) -> grain.DatasetIterator[Batch]:
+    """An endless iterator over a part of every training batch. Raises `ValueError`, `RecordError`."""
+    return _open(config, config.data.folder, part, shuffle=True)
+
+
+def validation_batches(config: TrainConfig, part: Part = WHOLE) -> grain.DatasetIterator[Batch]:
     """The same for validation: always the same batches in the same order."""
-    return _open(config, config.data.validation_folder, shuffle=False)
+    return _open(config, config.data.validation_folder, part, shuffle=False)
 
 
-def _open(config: TrainConfig, folder: str, shuffle: bool) -> grain.DatasetIterator[Batch]:
+def _open(config: TrainConfig, folder: str, part: Part, shuffle: bool) -> grain.DatasetIterator[Batch]:
     # Validation is short and opened often: not worth starting processes for.
     data = config.data if shuffle else dataclasses.replace(config.data, workers=0)
     return open_batches(
@@ -37,8 +41,8 @@ def _open(config: TrainConfig, folder: str, shuffle: bool) -> grain.DatasetItera
         data,
         seed=config.seed,
         shuffle=shuffle,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part[0],
+        process_count=part[1],
         cache=RecordFolder(data.cache_folder) if data.cache_folder else None,
         stage1=RecordFolder(data.stage1_folder) if data.stage1_folder else None,
     )

@@ -102,14 +102,17 @@ class DataConfig(LoaderConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices are arranged: batches are split over data and fsdp, parameters over fsdp and tensor."""
+    """How devices are arranged: batches are split over data, fsdp and views, parameters over fsdp, tensor and views."""
 
-    # Devices over which batches are split; one of the three may be -1: all that are left.
+    # Devices over which batches are split; one of the four may be -1: all that are left.
     data: int = -1
     # Devices over which parameters and batches are split.
     fsdp: int = 1
     # Devices over which parameters are split by channels.
     tensor: int = 1
+    # Devices over which the views of each orbit, and parameters, are split: less memory than an orbit needs on one
+    # device, and more devices than there are orbits. task.views_at_a_time must then be a multiple of it.
+    views: int = 1
     # Whether this is one of several processes that train together (jax.distributed).
     distributed: bool = False
     # host:port of process 0; where the cluster tells it, leave this and the next two.

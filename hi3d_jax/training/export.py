@@ -42,7 +42,9 @@ class Export:
         """The networks that belong in the run's model folder, its recipe, and a line about the weights."""
         config = load_config(run)
         # One device is enough: the values are only copied.
-        mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
+        mesh = sharding.make_mesh(
+            dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1, views=1), jax.devices()[:1]
+        )
         program = TrainProgram(config, mesh)
         state = _read(Path(run) / "checkpoints", self.step, program)
         averaged = bool(self.ema and state.ema)

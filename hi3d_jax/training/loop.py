@@ -103,7 +103,7 @@ class Run:
         self.config, self.folder = config, folder
         self.program = TrainProgram(config, sharding.make_mesh(config.mesh))
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, say)
-        self.data = batches.training_batches(config)
+        self.data = batches.training_batches(config, self.program.reading_part)
         self.state, self.frozen = self._begin()
         self.writer = MetricWriter(folder, tensorboard=config.log.tensorboard, active=jax.process_index() == 0)
         self.validation_loss: float | None = None
@@ -192,7 +192,8 @@ class Run:
     def _draw(self, step: int, batch: Any) -> None:
         """What the model makes of a few examples: held-out ones, where there are some."""
         if self.config.data.validation_folder:
-            batch = self.program.place_batch(next(batches.validation_batches(self.config)))
+            held_out = batches.validation_batches(self.config, self.program.reading_part)
+            batch = self.program.place_batch(next(held_out))
         batch = {name: value[: self.config.log.samples] for name, value in batch.items()}
         key = jax.random.fold_in(self.state.key, 2**31 - 1)
         rows, metrics = self.program.samples(self.state, self.frozen, batch, key)
@@ -203,7 +204,7 @@ class Run:
 
     def _validate(self, step: int) -> None:
         """The loss on the same batches with the same noise, every time."""
-        held_out, totals = batches.validation_batches(self.config), {}
+        held_out, totals = batches.validation_batches(self.config, self.program.reading_part), {}
         for index in range(self.config.log.validation_batches):
             batch = self.program.place_batch(next(held_out))
             key = jax.random.fold_in(self.state.key, 2**31 - 2 - index)

@@ -37,7 +37,7 @@ class TrainProgram:
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
         self.config, self.mesh = config, mesh
-        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        parts = sharding.rows_parts(mesh)
         if (config.data.batch_size // config.optimizer.accumulate) % parts:
             raise ValueError(
                 f"data.batch_size={config.data.batch_size} in optimizer.accumulate={config.optimizer.accumulate} parts "
@@ -161,10 +161,18 @@ class TrainProgram:
         return count_flops(jax.make_jaxpr(gradients)(self.state.params, self.frozen, batch, jax.random.key(0)))
 
     def place_batch(self, batch: Mapping[str, Any]) -> dict[str, Array]:
-        """A batch's arrays on the devices: each process gives the rows that it read."""
+        """A batch's arrays on the devices: each process gives the rows of its `reading_part`."""
         arrays = {name: value for name, value in batch.items() if value.dtype.kind in "fiu"}
-        shardings = sharding.batch_shardings(self.mesh, arrays, jax.process_count())
-        return {name: jax.make_array_from_process_local_data(shardings[name], value) for name, value in arrays.items()}
+        _, parts = self.reading_part
+        shardings = sharding.batch_shardings(self.mesh, arrays, parts)
+        shapes = {name: (parts * len(value), *value.shape[1:]) for name, value in arrays.items()}
+        make = jax.make_array_from_process_local_data
+        return {name: make(shardings[name], value, shapes[name]) for name, value in arrays.items()}
+
+    @functools.cached_property
+    def reading_part(self) -> tuple[int, int]:
+        """The part of every batch that this process reads, and the number of parts. Raises `ValueError`."""
+        return sharding.reading_part(sharding.processes_of(self.mesh), jax.process_index())
 
 
 def count_parameters(values: Values, pattern: str = ".*") -> int:

@@ -55,7 +55,8 @@ class StageTask:
     networks: tuple[str, ...] = ()
     # Sizes of an image encoder that learns together with the U-Net; none takes the folder's.
     image_encoder: CLIPVisionConfig | None = None
-    # Views of each video that pass the frozen networks at a time; 0 for all, which needs the most memory.
+    # Views of each video that pass the frozen networks at a time, over all devices that have some of them; 0 for all,
+    # which needs the most memory.
     views_at_a_time: int = 0
 
     def trained(self) -> Specs:
@@ -163,11 +164,12 @@ class StageTask:
             parts = -(-views // self.views_at_a_time)
             if views % parts:
                 raise ValueError(f"task.views_at_a_time={self.views_at_a_time} does not divide {views} views")
-            # Cut along the views: every device keeps its videos.
-            cut = pictures.reshape(videos, parts, -1, *pictures.shape[1:]).swapaxes(0, 1)
+            # Cut along the views, every part from everywhere among them: a device that has some of each video's views
+            # has as many of each part, and keeps them.
+            cut = jnp.moveaxis(pictures.reshape(videos, -1, parts, *pictures.shape[1:]), 2, 0)
             made = jax.lax.map(lambda x: function(x.reshape(-1, *x.shape[2:])), cut)
             return jax.tree.map(
-                lambda y: y.reshape(parts, videos, -1, *y.shape[2:]).swapaxes(0, 1).reshape(-1, *y.shape[2:]), made
+                lambda y: jnp.moveaxis(y.reshape(parts, videos, -1, *y.shape[2:]), 0, 2).reshape(-1, *y.shape[2:]), made
             )
 
         return mapped
