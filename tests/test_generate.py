@@ -11,14 +11,15 @@ from hi3d_jax import cameras, images
 from hi3d_jax.cli import generate, main
 from hi3d_jax.cli.models import open_pipeline
 from hi3d_jax.stages import image_to_3d
+from hi3d_jax.stages.background import without_background
 from hi3d_jax.stages.checks import StageError
-from hi3d_jax.stages.image_to_3d import ImageTo3D, without_background
+from hi3d_jax.stages.image_to_3d import ImageTo3D
 from hi3d_jax.stages.pipeline import Hi3DPipeline, Options, Variant
 from hi3d_jax.stages.presets import ReconstructConfig
 from hi3d_jax.stages.random_model import write_random_model
 from hi3d_jax.stages.recipe import Recipe
 from hi3d_jax.stages.reconstruct import Reconstruction
-from hi3d_jax.video import Orbit
+from hi3d_jax.video import Orbit, OrbitError
 
 
 def drawn(brightness: float) -> Orbit:
@@ -91,6 +92,18 @@ def test_generated_views_lose_their_white_and_keep_their_cameras():
     np.testing.assert_array_equal(cut.cameras.c2w, orbit.cameras.c2w)
 
 
+def test_smudges_along_the_border_do_not_hide_the_object():
+    """What a small model may draw: a grey haze in front of which nothing can be keyed."""
+    orbit = drawn(0.3)
+    haze = np.random.default_rng(0).uniform(0.86, 1.0, orbit.views.shape).astype(np.float32)
+    orbit = dataclasses.replace(orbit, views=np.minimum(orbit.views, haze))
+    orbit.views[:, 1, 1] = 0.2
+    np.testing.assert_array_equal(without_background(orbit).alphas, drawn(0.3).views[..., 0] < 0.5)
+    for nothing in (haze, 0.3 * haze):
+        with pytest.raises(OrbitError, match="view 0: no object on white was drawn; try another --seed"):
+            without_background(dataclasses.replace(orbit, views=nothing))
+
+
 def test_one_image_fills_the_output_folder_itself(calls, tmp_path, capsys):
     picture(tmp_path / "cup.png")
     assert main(["generate", str(tmp_path / "cup.png"), "-o", str(tmp_path / "out"), "-m", "model", "--seed", "3"]) == 0
@@ -101,22 +114,28 @@ def test_one_image_fills_the_output_folder_itself(calls, tmp_path, capsys):
 
 def test_a_failing_image_does_not_stop_the_others(calls, tmp_path, capsys):
     (tmp_path / "in").mkdir()
-    for name in ("a", "bad", "c"):
+    for name in ("a", "bad", "c", ".hidden", "._c"):
         picture(tmp_path / f"in/{name}.png")
     assert main(["generate", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", "model"]) == 2
     assert [folder for _, folder, _ in calls.drawn] == [tmp_path / f"out/{name}/generated" for name in ("a", "c")]
     rows = json.loads((tmp_path / "out/report.json").read_text())
     assert [row.get("error") for row in rows] == [None, "stage 1: this picture shows nothing", None]
-    assert rows[2]["meshes"] == [str(tmp_path / "out/c/mesh.glb")]
+    (mesh,) = rows[2]["meshes"]
+    assert (mesh["file"], mesh["watertight"], mesh["psnr"]) == (str(tmp_path / "out/c/mesh.glb"), True, 30.0)
     assert "1 of 3 images failed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["https://example.org/cup.png"], "download the picture first"),
+        (["https://example.org/cup.png"], "https://example.org/cup.png is an address; download the picture first"),
         (["a/cup.png", "b/cup.jpg"], "would both be written to cup/"),
+        (["a/cup.png", "b/Cup.png"], "would both be written to Cup/"),
         (["empty"], "holds no pictures"),
+        ([], "give an IMAGE, or --prompt TEXT"),
+        (["cup.png", "--prompt", "a cup"], "an image and a prompt were given"),
+        (["--prompt", "a cup"], "--prompt needs --text-model"),
+        (["cup.png", "--text-model", "somewhere"], "there are none; give --prompt TEXT"),
     ],
 )
 def test_images_that_cannot_be_taken_are_named(calls, names, message, tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hi3d_jax.stages.pipeline import Hi3DPipeline
 
 Model = Annotated[str, arg(aliases=["-m"], metavar="tiny|FOLDER|HUB_ID")]
+Elevation = Annotated[float | Literal["auto"], arg(metavar="DEGREES|auto")]
 Dtype = Literal["auto", "float32", "bfloat16"]
 ByRecipe = Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: by the model's recipe)")]
 

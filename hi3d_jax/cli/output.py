@@ -28,14 +28,14 @@ class OutputError(ValueError):
     """Output that cannot be made, or not where it was asked for; the text names it and the remedy."""
 
 
-def prepare_output(folder: Path, resume: bool, source: Path) -> None:
+def prepare_output(folder: Path, resume: bool, source: Path | None = None) -> None:
     """Makes the output folder, or raises `OutputError` where writing there would fail or destroy something.
 
     A folder that holds anything is only taken with `resume`; `source`, from which the run reads, is never taken.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; give a folder with -o")
-    if folder.resolve() == source.resolve():
+    if source is not None and folder.resolve() == source.resolve():
         raise OutputError(f"{folder} is the input; give another folder with -o")
     if folder.is_dir() and not resume:
         if _holds_run(folder):

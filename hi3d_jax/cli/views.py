@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from hi3d_jax.cli.models import ByRecipe, Dtype, MemoryBudget, Model, open_model
+from hi3d_jax.cli.models import ByRecipe, Dtype, Elevation, MemoryBudget, Model, open_model
 from hi3d_jax.cli.output import Output, prepare_output
 
 
@@ -37,8 +37,8 @@ class Views:
     """New folder for the results."""
     model: Model = "tiny"
     """The small model in the package, a model folder of stage 1 or with stage1/ in it, or a Hugging Face repository."""
-    elevation_deg: float = 0.0
-    """How far above the horizon the picture was taken, in degrees."""
+    elevation_deg: Elevation = 0.0
+    """How far above the horizon the picture was taken, in degrees; auto: the elevation that the model fits best."""
     seed: int = 0
     """The same seed gives the same views on the same machine."""
     num_variants: Annotated[int, arg(aliases=["--variants"])] = 1

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from hi3d_jax.cluster import run_on_ray
 from hi3d_jax.data.dataset import Plan, RenderSettings, acquit, render_shard
 from hi3d_jax.data.sources import Asset
 
@@ -85,25 +86,8 @@ def run_ray(
 ) -> Iterator[tuple[int, dict]]:
     """Yields (shard, note) as Ray's workers render: those of the cluster at `address`, or `workers` of this machine.
 
-    `folder` and the assets must be on a file system that all machines see. Raises `RuntimeError` without Ray.
+    `folder` and the assets must be on a file system that all machines see. Raises `ClusterError` without Ray.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise RuntimeError("--runner=ray needs Ray: pip install 'hi3d_jax[ray]'") from error
-    own = not ray.is_initialized()
-    if own:
-        local = {} if address else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(address=address, logging_level="warning", log_to_driver=False, **local)
-    try:
-        # A task whose worker or machine dies is given to another worker.
-        task = ray.remote(num_cpus=1, max_retries=MAX_BREAKS)(render_shard)
-        folder = str(Path(folder).resolve())
-        running = {task.remote(folder, *_work(plan, shard)): shard for shard in shards}
-        while running:
-            done, _ = ray.wait(list(running), num_returns=1)
-            for reference in done:
-                yield running.pop(reference), ray.get(reference)
-    finally:
-        if own:
-            ray.shutdown()
+    folder = str(Path(folder).resolve())
+    work = {shard: (folder, *_work(plan, shard)) for shard in shards}
+    yield from run_on_ray(render_shard, work, address=address, local_cpus=workers, retries=MAX_BREAKS)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from jaxtyping import Float
+from typing import Any, Literal
 
 from hi3d_jax.images import Matting
+from hi3d_jax.stages.background import without_background
+from hi3d_jax.stages.inputs import Picture
 from hi3d_jax.stages.pipeline import Hi3DPipeline, Options, Variant
 from hi3d_jax.stages.presets import ReconstructConfig
 from hi3d_jax.stages.reconstruct import Reconstruction, reconstruct
-from hi3d_jax.video import Orbit, cut_out
 
 # Where stages 1 and 2 leave their files in a run's folder; stage 3's files stand beside it.
 GENERATED_FOLDER = "generated"
@@ -40,10 +38,10 @@ class ImageTo3D:
 
     def __call__(
         self,
-        image: str | Path | Float[np.ndarray, "h w c"],
+        image: Picture,
         output: str | Path | None = None,
         *,
-        elevation_deg: float = 0.0,
+        elevation_deg: float | Literal["auto"] = 0.0,
         num_variants: int = 1,
         num_steps: int | None = None,
         matting: Matting = "auto",
@@ -76,9 +74,3 @@ class ImageTo3D:
             made = reconstruct(without_background(variant.orbit), folder, config, options.resume, options.progress)
             assets.append(Asset(variant, made))
         return assets
-
-
-def without_background(orbit: Orbit) -> Orbit:
-    """A generated orbit, opaque on white, with the object cut out of every view. Raises `OrbitError`."""
-    frames = np.concatenate([orbit.views, orbit.alphas[..., None]], axis=-1)
-    return cut_out(frames, orbit.cameras, "key")

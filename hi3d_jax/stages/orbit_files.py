@@ -8,19 +8,28 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from hi3d_jax.cameras import Cameras, azimuths_deg, read_transforms
+from hi3d_jax.cameras import Cameras, azimuths_deg, orbit, read_transforms
 from hi3d_jax.images import contact_sheet, over_white, read_image, resize, to_bytes, write_png
 from hi3d_jax.stages.model import StageModel, Watch
+from hi3d_jax.stages.recipe import Recipe
 from hi3d_jax.video import Orbit, write_mp4, write_orbit
 
 CAMERAS_FILE = "cameras.json"
 # What the model was shown, at twice the size of its views.
 INPUT_FILE = "input.png"
 SHEET_FILE = "contact_sheet.png"
+# What the model took the picture's elevation to be, where it was asked.
+ELEVATION_FILE = "elevation.json"
 # Where the state of a sampling that is not finished is kept.
 SAMPLING_FILE = "sampling.npz"
 TILE = 192
 SHEET_COLUMNS = 8
+
+
+def recipe_cameras(recipe: Recipe, elevation_deg: float | int) -> Cameras:
+    """Those of the views that a model with this recipe makes."""
+    azimuths = np.arange(recipe.num_views) * (360 / recipe.num_views)
+    return orbit(azimuths, elevation_deg, recipe.radius, recipe.fov_deg, recipe.image_size)
 
 
 def as_orbit(views: UInt8[np.ndarray, "t h w 3"], cameras: Cameras) -> Orbit:
@@ -47,11 +56,11 @@ def read_written_views(cameras_file: Path) -> Orbit:
 def write_sheet(path: Path, orbits: Sequence[Orbit]) -> None:
     """All views of one orbit, or a row of views for each of several, small, with their azimuths."""
     pictures, labels = [], []
-    for orbit in orbits:
-        rows = len(orbit) if len(orbits) == 1 else min(len(orbit), SHEET_COLUMNS)
-        shown = np.linspace(0, len(orbit), rows, endpoint=False).astype(int)
-        pictures += [resize(orbit.views[view], TILE, TILE) for view in shown]
-        labels += [f"{azimuth:g}°" for azimuth in np.round(azimuths_deg(orbit.cameras), 1)[shown] % 360]
+    for drawn in orbits:
+        rows = len(drawn) if len(orbits) == 1 else min(len(drawn), SHEET_COLUMNS)
+        shown = np.linspace(0, len(drawn), rows, endpoint=False).astype(int)
+        pictures += [resize(drawn.views[view], TILE, TILE) for view in shown]
+        labels += [f"{azimuth:g}°" for azimuth in np.round(azimuths_deg(drawn.cameras), 1)[shown] % 360]
     write_png(path, contact_sheet(pictures, min(SHEET_COLUMNS, len(pictures) // len(orbits)), labels))
 
 

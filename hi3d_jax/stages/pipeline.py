@@ -12,12 +12,13 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
+from tqdm import tqdm
 
 from hi3d_jax.cameras import Cameras
-from hi3d_jax.cameras import orbit as orbit_cameras
 from hi3d_jax.images import Matting, to_bytes, write_png
 from hi3d_jax.pretrained import stage_folders
 from hi3d_jax.stages import orbit_files
+from hi3d_jax.stages.elevation import estimate_elevation, read_estimate, write_estimate
 from hi3d_jax.stages.framing import frame_image, resize_view
 from hi3d_jax.stages.inputs import Picture, check_numbers, cut_out, on_white, orbit_elevation, read_picture
 from hi3d_jax.stages.model import StageModel
@@ -85,7 +86,7 @@ class Hi3DPipeline:
         image: Picture,
         output: str | Path | None = None,
         *,
-        elevation_deg: float = 0.0,
+        elevation_deg: float | Literal["auto"] = 0.0,
         seed: int = 0,
         num_variants: int = 1,
         num_steps: int | None = None,
@@ -95,10 +96,10 @@ class Hi3DPipeline:
     ) -> list[Variant]:
         """Orbits of the object in `image`, a file, a Pillow image or RGB(A) numbers, whose view 0 is the image itself.
 
-        `elevation_deg` is how far above the horizon the image was taken. Variant k of a seed is the same however many
-        are made. `matting` is that of `images.matte`; `keep_framing` leaves the object where it is in the image.
-        Files are only written into the folder `output`. Raises `ImageError`, `StageError`, `RecipeError`, `RunError`,
-        and `OSError` for the disk.
+        `elevation_deg` is how far above the horizon the image was taken; "auto" asks the model (see elevation.py).
+        Variant k of a seed is the same however many are made. `matting` is that of `images.matte`; `keep_framing`
+        leaves the object where it is in the image. Files are only written into the folder `output`. Raises
+        `ImageError`, `StageError`, `RecipeError`, `RunError`, and `OSError` for the disk.
         """
         if self.generator is None:
             raise RecipeError("there is no model of stage 1 to make views with; give the folder of one")
@@ -106,12 +107,15 @@ class Hi3DPipeline:
             raise RecipeError(f"{num_variants} variants: ask for at least 1")
         for model in filter(None, (self.generator, self.refiner)):
             model.check_weights()
-        numbers = {"seed": seed, "elevation_deg": elevation_deg, "num_steps": num_steps}
-        check_numbers(self.generator.recipe, **numbers)
+        recipe, numbers = self.generator.recipe, {"seed": seed, "num_steps": num_steps}
+        check_numbers(recipe, **numbers, elevation_deg=0.0 if elevation_deg == "auto" else elevation_deg)
         cut = cut_out(image, matting)
-        request = self._request(cut, **numbers, keep_framing=keep_framing, num_variants=num_variants)
-        run = _Run.begin(output, request, options)
-        run.write_input(cut, self.generator.recipe, keep_framing)
+        given = {"elevation_deg": elevation_deg, "keep_framing": keep_framing, "num_variants": num_variants}
+        run = _Run.begin(output, self._request(cut, **numbers, **given), options)
+        run.write_input(cut, recipe, keep_framing)
+        if elevation_deg == "auto":
+            elevation_deg = run.estimate(self.generator, frame_image(cut, recipe, keep_framing), **numbers)
+        numbers["elevation_deg"] = elevation_deg
         variants = []
         for variant in range(num_variants):
             part = "" if num_variants == 1 else f"variant_{variant}"
@@ -125,7 +129,7 @@ class Hi3DPipeline:
         """One variant, into the folder `part` of the output."""
         generator, refiner = self.generator, self.refiner
         first = frame_image(cut, generator.recipe, keep_framing)
-        cameras = _cameras(generator.recipe, sampling["elevation_deg"])
+        cameras = orbit_files.recipe_cameras(generator.recipe, sampling["elevation_deg"])
         make = functools.partial(multiview, generator, first, **sampling)
         coarse = run.orbit(generator, cameras, make, part if refiner is None else f"{part}/coarse")
         if refiner is None:
@@ -157,7 +161,7 @@ class Hi3DPipeline:
         self.refiner.check_weights()
         check_count(self.refiner, len(views))
         if cameras is None:
-            cameras = _cameras(recipe, elevation_deg)
+            cameras = orbit_files.recipe_cameras(recipe, elevation_deg)
         else:
             elevation_deg = orbit_elevation(cameras)
             cameras = cameras.resized(size, size)
@@ -209,6 +213,19 @@ class _Run:
             picture = frame_image(cut, large, keep_framing).astype(np.float32) / 255
             write_png(self.record.folder / orbit_files.INPUT_FILE, picture)
 
+    def estimate(self, model: StageModel, image: UInt8[np.ndarray, "s s 3"], seed: int, num_steps: int | None) -> float:
+        """The elevation of `image` in degrees, as stage 1 sees it."""
+
+        def draw(elevation_deg: float, steps: int) -> UInt8[np.ndarray, "t s s 3"]:
+            return multiview(model, image, elevation_deg=elevation_deg, seed=seed, num_steps=steps, progress=False)
+
+        make = functools.partial(estimate_elevation, model.recipe, draw, num_steps, self.options.progress)
+        estimate = self.steps.take("elevation", orbit_files.ELEVATION_FILE, make, write_estimate, read_estimate)
+        self.record.results["elevation"] = dataclasses.asdict(estimate)
+        if self.options.progress:
+            tqdm.write(f"elevation: taken to be {estimate.elevation_deg:g} degrees")
+        return estimate.elevation_deg
+
     def orbit(
         self, model: StageModel, cameras: Cameras, make: Callable[..., UInt8[np.ndarray, "t h w 3"]], part: str = ""
     ) -> Orbit:
@@ -240,8 +257,3 @@ def open_stage(source: str | Path, stage: Literal[1, 2], **settings: Any) -> Sta
     folders = stage_folders(source)
     fitting = [folder for folder in folders if Recipe.of(folder).stage == stage]
     return StageModel((fitting or folders)[0], stage, **settings)
-
-
-def _cameras(recipe: Recipe, elevation_deg: float) -> Cameras:
-    azimuths = np.arange(recipe.num_views) * (360 / recipe.num_views)
-    return orbit_cameras(azimuths, elevation_deg, recipe.radius, recipe.fov_deg, recipe.image_size)
