@@ -16,6 +16,7 @@ def get_config() -> TrainConfig:
         task=AutoencoderTask(
             vae=AutoencoderConfig(block_channels=(32, 32, 64, 128), layers_per_block=1, latent_channels=4),
             crop=64,
+            colour_weight=2.0,
         ),
         folder="runs/autoencoder_tiny",
         steps=40_000,

@@ -1,0 +1,190 @@
+"""Writes down how a model was trained: python experiments/training_log.py RUN [RUN ...] -o FOLDER --dataset DATASET
+
+    training_log.md     of each run: what learnt, on what, steps, hours, the machine, the last validation
+    training_log.png    the curves
+    attributions.csv    of each object of the data set: name, licence, whom it is by, where it comes from
+
+What is said is read from the runs' config.json and metrics.jsonl and from the data set's manifest. So what lies beside
+hi3d-tiny's weights was written:
+
+    python experiments/training_log.py runs/autoencoder_tiny runs/depth_tiny runs/stage1_tiny runs/stage2_tiny \\
+        -o hi3d_jax/weights/tiny --dataset train256
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from hi3d_jax.atomic import written_aside
+from hi3d_jax.data.record_folder import RecordFolder
+from hi3d_jax.training.config import TrainConfig
+from hi3d_jax.training.loop import load_config
+
+CREDITS = ("object_id", "name", "licence", "attribution", "source")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Everything on the command line."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs, in the order in which they are told."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write into."""
+    dataset: Path
+    """The data set that they learnt from."""
+    machine: str = ""
+    """What they ran on, in words; this machine if not given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """What a run left."""
+
+    name: str
+    config: TrainConfig
+    # Lines of metrics.jsonl by split ("train", "validation", "samples"), of each step the last one written.
+    lines: dict[str, list[dict[str, float]]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Log:
+        """Raises `ValueError` for a folder that is no run or has no metrics yet."""
+        config, path = load_config(folder), folder / "metrics.jsonl"
+        by_split: dict[str, dict[int, dict[str, float]]] = {}
+        try:
+            for line in path.read_text().splitlines():
+                values = json.loads(line)
+                # A run that was killed repeats the steps after its last checkpoint.
+                by_split.setdefault(values.pop("split"), {})[values["step"]] = values
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); is {folder} the folder of a run?") from error
+        if not by_split.get("train"):
+            raise ValueError(f"{path} has no step; let the run take a few (log.every_steps)")
+        ordered = {split: [steps[step] for step in sorted(steps)] for split, steps in by_split.items()}
+        return cls(folder.name, config, ordered)
+
+    @property
+    def steps(self) -> int:
+        return int(self.lines["train"][-1]["step"])
+
+    @property
+    def hours(self) -> float:
+        """Of training itself: without compiling, validation and pictures."""
+        train, before, seconds = self.lines["train"], 0, 0.0
+        pace = next((line["seconds_per_step"] for line in train if "seconds_per_step" in line), 0.0)
+        for line in train:
+            # Before the pace is known, steps are taken to be as fast as the next ones.
+            pace = line.get("seconds_per_step", pace)
+            seconds += pace * (line["step"] - before)
+            before = line["step"]
+        return seconds / 3600
+
+    def row(self) -> list[str]:
+        """The run's line of the table."""
+        config = self.config
+        held_out = self.lines.get("validation", [{}])[-1]
+        shown = {name: value for name, value in held_out.items() if name in ("loss", "psnr", "lpips", "sample_psnr")}
+        samples = self.lines.get("samples", [{}])[-1]
+        shown |= {name: value for name, value in samples.items() if name.endswith("psnr")}
+        views = config.data.batch_size * config.data.num_views
+        return [
+            self.name,
+            f"{self.steps:,}",
+            f"{views} views of {config.data.image_size}²",
+            f"{config.optimizer.learning_rate:g}",
+            f"{self.hours:.2f}",
+            str(config.seed),
+            ", ".join(f"{name} {value:.4g}" for name, value in shown.items()) or "none",
+        ]
+
+
+def table(logs: Sequence[Log]) -> str:
+    """The runs side by side, as Markdown."""
+    head = ["run", "steps", "a step", "learning rate at the end", "hours", "seed", "held out, at the end"]
+    rows = [head, ["---"] * len(head), *(log.row() for log in logs)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def this_machine() -> str:
+    """CPU, cores and system in words."""
+    names = {"unknown CPU": None}
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = {line.partition(":")[2].strip(): None for line in lines if line.startswith("model name")} or names
+    return f"{', '.join(names)}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def draw(path: Path, logs: Sequence[Log]) -> None:
+    """The losses of all runs, held-out ones as dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(logs), figsize=(4 * len(logs), 3), squeeze=False, layout="constrained")
+    for axis, log in zip(axes[0], logs, strict=True):
+        train = log.lines["train"]
+        axis.plot([line["step"] for line in train], [line["loss"] for line in train], linewidth=0.6, label="training")
+        if held_out := log.lines.get("validation"):
+            axis.plot([line["step"] for line in held_out], [line["loss"] for line in held_out], "o-", label="held out")
+        axis.set(title=log.name, xlabel="step", ylabel="loss", yscale="log")
+        axis.legend()
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=80)
+    plt.close(figure)
+
+
+def credits_of(records: RecordFolder) -> list[dict[str, Any]]:
+    """One line per object."""
+    return list({line["object_id"]: {name: line[name] for name in CREDITS} for line in records.lines}.values())
+
+
+def document(logs: Sequence[Log], credited: Sequence[dict[str, Any]], orbits: int, machine: str) -> str:
+    """training_log.md."""
+    licences = ", ".join(f"{name} {count}" for name, count in Counter(c["licence"] for c in credited).most_common())
+    return "\n\n".join(
+        [
+            "# How it was trained",
+            f"Machine: {machine}. Hours are those of the training steps alone, beside other work on the same cores.",
+            table(logs),
+            "![The losses](training_log.png)",
+            f"Data: {orbits} orbits of {len(credited)} objects. Licences: {licences}; attributions.csv names all.",
+        ]
+    )
+
+
+def write(arguments: Arguments) -> None:
+    """Reads the runs and writes the three files. Raises `ValueError`."""
+    logs, records = [Log.read(run) for run in arguments.runs], RecordFolder(arguments.dataset)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    credited = credits_of(records)
+    with written_aside(arguments.output / "attributions.csv") as aside, open(aside, "w", newline="") as file:
+        writer = csv.DictWriter(file, CREDITS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(credited)
+    draw(arguments.output / "training_log.png", logs)
+    with written_aside(arguments.output / "training_log.md") as aside:
+        aside.write_text(document(logs, credited, len(records), arguments.machine or this_machine()) + "\n")
+
+
+def main() -> None:
+    """Parses and runs; errors a user can mend are one line."""
+    try:
+        write(tyro.cli(Arguments, description=__doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
