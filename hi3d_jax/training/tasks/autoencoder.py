@@ -31,8 +31,8 @@ class AutoencoderTask:
     lpips_network: str = "lpips_alex"
     # Weight of LPIPS beside the mean absolute error in [-1, 1].
     lpips_weight: float = 0.5
-    # Weight of the mean absolute error of images that are averaged over the squares which one latent stands for: without
-    # it a young autoencoder has outlines for thousands of steps before it tells yellow from orange.
+    # Weight of the mean absolute error of images averaged over the squares that one latent stands for: without it a
+    # young autoencoder knows outlines for thousands of steps before it tells yellow from orange.
     colour_weight: float = 0.0
     # Weight of the mean over latents' numbers of the divergence from a unit Gaussian.
     kl_weight: float = 1e-4
