@@ -1,0 +1,260 @@
+"""Lets hi3d-tiny learn four objects by heart: python experiments/benchmarks/overfit.py OBJECTS -o FOLDER
+
+Whether the training of both stages can learn at all, with the networks, the loss and the loop that the real runs have.
+Four objects of a folder (see experiments/render_dataset.py) are rendered, one orbit each from view 0, and these train
+
+    autoencoder128, autoencoder256    from `--autoencoder`, or from nothing
+    stage1                            asked for views 1 to 15 of what it has seen: 28 dB of PSNR and more are wanted
+    depth                             unless `--depth` names a model folder
+    stage2, stage2_no_depth           given degraded views: 3 dB more than their bicubic enlargement are wanted, and
+                                      more with the depth than without
+
+one after the other, each a run of experiments/train.py in FOLDER. The same command goes on after an interruption, and
+does again only what is not finished. results.json and the table hold what was reached, with the autoencoders' own
+PSNR, which no stage exceeds. `--parts` takes some of the runs, `--steps` other numbers of steps than the table's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # Run as a file, Python looks beside it for modules; the configs are loaded by a module of the root.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import jax
+import numpy as np
+from PIL import Image
+
+from experiments import cache_latents, render_dataset
+from experiments.train import load_config
+from hi3d_jax.data.loader import open_batches
+from hi3d_jax.data.record_folder import RecordFolder
+from hi3d_jax.training.config import CheckpointConfig, LogConfig, TrainConfig
+from hi3d_jax.training.export import export
+from hi3d_jax.training.loop import train
+from hi3d_jax.training.program import TrainProgram
+from hi3d_jax.training.sharding import make_mesh
+from hi3d_jax.training.state import TrainState
+from hi3d_jax.training.tasks import AutoencoderTask, StageTask
+from hi3d_jax.training.tasks.pictures import grid, psnr
+
+OBJECTS, NUM_VIEWS, SIZE, ELEVATION_DEG = 4, 16, 256, 20.0
+# Runs with the file of experiments/configs that they change, and their steps.
+RUNS = {
+    "autoencoder128": ("autoencoder_tiny", 1500),
+    "stage1": ("stage1_tiny", 3000),
+    "autoencoder256": ("autoencoder_tiny", 500),
+    "depth": ("depth_tiny", 500),
+    "stage2": ("stage2_tiny", 1500),
+    "stage2_no_depth": ("stage2_tiny_no_depth", 1500),
+}
+LEARNING_RATE = 1e-3
+# Degraded videos of each object that stage 2 is asked to refine.
+DRAWS = 2
+
+
+class Overfit:
+    """The runs in one folder."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.folder = options, options.output
+        self.orbits = self.folder / "orbits"
+
+    def render(self) -> None:
+        """The records that everything learns."""
+        settings = render_dataset.RenderSettings(size=SIZE, elevations_deg=(ELEVATION_DEG,), azimuth_deg=0.0)
+        wanted = {"split": self.options.split, "limit": OBJECTS, "render": settings}
+        render_dataset.render(render_dataset.Arguments(self.options.objects, self.orbits, **wanted))
+
+    def run(self, name: str) -> tuple[TrainConfig, TrainState]:
+        """Trains a run to its end and makes its model folder; returns its config and last state."""
+        config = self.config(name)
+        clock = time.perf_counter(), time.process_time()
+        state = train(config)
+        if not self.model(name).exists():
+            print(export(config.folder, self.model(name)))
+        spent = {"wall_s": time.perf_counter() - clock[0], "cpu_s": time.process_time() - clock[1]}
+        self.note(name, {"steps": int(state.step), **{key: round(value) for key, value in spent.items()}})
+        return config, state
+
+    def config(self, name: str) -> TrainConfig:
+        """The tiny config of the run's name, made to learn four objects."""
+        file, steps = RUNS[name]
+        base, steps = load_config(file), self.options.steps or (2 if self.options.quick else steps)
+        size = 256 if name == "autoencoder256" else base.data.image_size
+        optimizer = {"learning_rate": LEARNING_RATE, "warmup_steps": steps // 20, "ema_decay": 0.99}
+        optimizer |= {"schedule": "cosine", "decay_steps": steps, "final_fraction": 0.05}
+        data = {"folder": str(self.orbits), "batch_size": OBJECTS, "image_size": size, "category_power": 1.0}
+        config = dataclasses.replace(
+            base,
+            folder=str(self.folder / name),
+            steps=steps,
+            data=dataclasses.replace(base.data, **data, roll=False),
+            optimizer=dataclasses.replace(base.optimizer, **optimizer),
+            checkpoint=CheckpointConfig(every_steps=100, keep=1),
+            log=LogConfig(every_steps=20, samples_every_steps=0, tensorboard=False),
+        )
+        if isinstance(config.task, StageTask):
+            return self._stage(name, config)
+        if name == "autoencoder128":
+            config = dataclasses.replace(config, start=str(self.options.autoencoder or ""))
+        if name == "autoencoder256":
+            config = dataclasses.replace(config, start=str(self.model("autoencoder128")))
+        # Which views a batch has differs from step to step.
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, num_views=4))
+
+    def _stage(self, name: str, config: TrainConfig) -> TrainConfig:
+        """With the networks of the other runs, and cached latents."""
+        size, networks = config.data.image_size, [self.model(f"autoencoder{config.data.image_size}")]
+        data = {"cache_folder": str(self.folder / f"latents{size}"), "arrays": ("latents",)}
+        if config.task.recipe.stage == 2:
+            networks += [self.model("stage1"), self.options.depth or self.model("depth")]
+            # A video of stage 2 has as many pixels as four of stage 1.
+            data["batch_size"] = OBJECTS // 2
+        recipe = config.task.recipe
+        recipe = dataclasses.replace(recipe, num_steps=2) if self.options.quick else recipe
+        task = dataclasses.replace(config.task, networks=tuple(map(str, networks)), recipe=recipe)
+        return dataclasses.replace(config, task=task, data=dataclasses.replace(config.data, **data))
+
+    def cache(self, size: int) -> None:
+        """The latents of the true views, which no step has to make again."""
+        model, output = str(self.model(f"autoencoder{size}")), self.folder / f"latents{size}"
+        cache_latents.cache(cache_latents.Arguments(self.orbits, output, model, size=size))
+
+    def model(self, name: str) -> Path:
+        """The model folder of a run."""
+        return self.folder / f"{name}_model"
+
+    def note(self, name: str, values: dict[str, Any]) -> None:
+        """Adds to results.json what is known of a run."""
+        path = self.folder / "results.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        before = known.get(name, {})
+        # A run that was finished before has spent its time already.
+        if before.get("steps") == values.get("steps"):
+            values = {**values, **{key: before[key] for key in ("wall_s", "cpu_s") if key in before}}
+        path.write_text(json.dumps({**known, name: {**before, **values}}, indent=1) + "\n")
+
+    def samples(self, config: TrainConfig, state: TrainState, draws: int = 1) -> list[list[np.ndarray]]:
+        """For each kind of picture that the run's task shows (true, coarse, made): whole orbits of all objects."""
+        program = TrainProgram(config, make_mesh(config.mesh))
+        data = dataclasses.replace(config.data, batch_size=OBJECTS, num_views=NUM_VIEWS)
+        frozen = program.frozen_values()
+        cache = RecordFolder(data.cache_folder) if data.cache_folder else None
+        batches = open_batches(RecordFolder(self.orbits), data, seed=1, cache=cache)
+        rows = []
+        for draw in range(draws):
+            batch = program.place_batch(next(batches))
+            made, _ = program.samples(state, frozen, batch, jax.random.key(draw))
+            rows += [np.asarray(row) for row in made]
+        kinds = 2 if data.coarse is None else 3
+        if isinstance(config.task, AutoencoderTask):
+            # It shows all views of all objects in one row.
+            rows = [each for pair in zip(*(np.split(row, OBJECTS) for row in rows), strict=True) for each in pair]
+        Image.fromarray(grid(rows)).save(Path(config.folder) / "samples.png")
+        return [rows[kind::kinds] for kind in range(kinds)]
+
+
+def autoencoder(overfit: Overfit, name: str) -> None:
+    """An autoencoder and what is left of views that pass it."""
+    config, state = overfit.run(name)
+    views, made = overfit.samples(config, state)
+    overfit.note(name, {"psnr": decibels(made, views, first=0)})
+    overfit.cache(config.data.image_size)
+
+
+def stage1(overfit: Overfit, name: str) -> None:
+    """Views 1 to 15 from view 0."""
+    views, made = overfit.samples(*overfit.run(name))
+    overfit.note(name, {"psnr": decibels(made, views)})
+
+
+def depth(overfit: Overfit, name: str) -> None:
+    """A depth network, where none is given."""
+    if overfit.options.depth is None:
+        overfit.run(name)
+
+
+def stage2(overfit: Overfit, name: str) -> None:
+    """Fine views from degraded ones, beside the degraded ones as they are and their bicubic enlargement."""
+    config, state = overfit.run(name)
+    views, coarse, made = overfit.samples(config, state, DRAWS)
+    factor = config.data.coarse.degradation.shrink
+    bicubic = [enlarged_again(video, factor) for video in coarse]
+    scores = {"coarse_psnr": coarse, "bicubic_psnr": bicubic, "psnr": made}
+    overfit.note(name, {key: decibels(value, views) for key, value in scores.items()})
+
+
+def enlarged_again(video: np.ndarray, factor: int) -> np.ndarray:
+    """Views in [-1, 1] shrunk to what the degradation enlarged, and enlarged by bicubic interpolation."""
+    made = []
+    for view in np.round((np.clip(video, -1, 1) + 1) * 127.5).astype(np.uint8):
+        small = Image.fromarray(view).resize((view.shape[1] // factor, view.shape[0] // factor), Image.Resampling.BOX)
+        made.append(np.asarray(small.resize(view.shape[1::-1], Image.Resampling.BICUBIC)))
+    return np.stack(made).astype(np.float32) / 127.5 - 1
+
+
+def decibels(made: list[np.ndarray], views: list[np.ndarray], first: int = 1) -> float:
+    """The mean PSNR of all views from `first` on."""
+    pairs = zip(made, views, strict=True)
+    return round(float(np.mean([np.asarray(psnr(a, b))[first:].mean() for a, b in pairs])), 2)
+
+
+PARTS: dict[str, Callable[[Overfit, str], None]] = {
+    "autoencoder_tiny": autoencoder,
+    "stage1_tiny": stage1,
+    "depth_tiny": depth,
+    "stage2_tiny": stage2,
+    "stage2_tiny_no_depth": stage2,
+}
+
+
+def report(results: dict[str, dict[str, Any]]) -> None:
+    """Prints the table, and whether what is wanted was reached."""
+    print("| run | steps | wall s (CPU s) | PSNR, dB | coarse views, dB | bicubic, dB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, values in results.items():
+        scores = " | ".join(str(values.get(key, "")) for key in ("psnr", "coarse_psnr", "bicubic_psnr"))
+        print(f"| {name} | {values['steps']} | {values['wall_s']} ({values['cpu_s']}) | {scores} |")
+    reached = {name: values["psnr"] for name, values in results.items() if "psnr" in values}
+    if "stage1" in reached:
+        print(f"stage 1: {reached['stage1']} dB of 28 wanted")
+    if "stage2" in reached:
+        gain = reached["stage2"] - max(results["stage2"][key] for key in ("coarse_psnr", "bicubic_psnr"))
+        print(f"stage 2: {gain:+.2f} dB over the better of coarse views and bicubic, of 3 wanted")
+    if {"stage2", "stage2_no_depth"} <= set(reached):
+        print(f"depth brings {reached['stage2'] - reached['stage2_no_depth']:+.2f} dB, of more than 0 wanted")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("objects", help="folder of objects, the first four of which are taken")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="folder of the runs: new, or one to go on with"
+    )
+    parser.add_argument("--split", help="only objects that a manifest.jsonl gives this split")
+    parser.add_argument("--autoencoder", type=Path, help="model folder of an autoencoder to go on from")
+    parser.add_argument("--depth", type=Path, help="model folder of a depth network to use")
+    parser.add_argument("--parts", nargs="+", choices=RUNS, default=list(RUNS), help="which runs")
+    parser.add_argument("--steps", type=int, help="of every run; default: as in this file")
+    parser.add_argument("--quick", action="store_true", help="two steps of everything, to see that it runs")
+    overfit = Overfit(parser.parse_args(arguments))
+    overfit.render()
+    for name, (config, _) in RUNS.items():
+        if name in overfit.options.parts:
+            PARTS[config](overfit, name)
+    report(json.loads((overfit.folder / "results.json").read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
