@@ -1,5 +1,7 @@
 """The building blocks of the U-Net and the autoencoders against brute force."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ from hi3d_jax.models.layers import (
     linear,
     torch_uniform,
 )
+from hi3d_jax.models.vae import Autoencoder, AutoencoderConfig
 
 
 def normal(*shape: int, seed: int = 0) -> jnp.ndarray:
@@ -51,6 +54,22 @@ def test_group_norm_in_half_precision_keeps_float32_statistics():
 def test_group_norm_refuses_channels_it_cannot_group():
     with pytest.raises(ValueError, match="33 channels"):
         GroupNorm(33, epsilon=1e-5, rngs=nnx.Rngs(0))
+
+
+def test_fewer_norm_groups_keep_what_is_the_same_all_over_a_picture():
+    config = dataclasses.replace(AutoencoderConfig.tiny(), norm_groups=4)
+    network = Autoencoder(config, rngs=nnx.Rngs(0))
+    norms = [module for _, module in nnx.iter_modules(network) if isinstance(module, GroupNorm)]
+    assert norms and all(norm.num_groups == 4 for norm in norms)
+    # One channel is 2 everywhere, the others are 0: alone in its group it would become 0 too.
+    x = jnp.zeros((1, 4, 4, 32)).at[..., 5].set(2.0)
+    assert float(jnp.abs(GroupNorm(32, epsilon=1e-5, rngs=nnx.Rngs(0))(x)).max()) == 0
+    grouped = np.asarray(x).reshape(1, 4, 4, 4, 8)
+    centred = grouped - grouped.mean((1, 2, 4), keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean((1, 2, 4), keepdims=True) + 1e-6)
+    np.testing.assert_allclose(network.decoder.conv_norm_out(x), expected.reshape(x.shape), atol=1e-5)
+    with pytest.raises(ValueError, match="norm_groups=5"):
+        Autoencoder(dataclasses.replace(config, norm_groups=5), rngs=nnx.Rngs(0))
 
 
 # Few positions (gathered patches) and many (XLA's convolution), with both paddings of the downsamplers.

@@ -14,7 +14,9 @@ from hi3d_jax.training.tasks import AutoencoderTask
 def get_config() -> TrainConfig:
     return TrainConfig(
         task=AutoencoderTask(
-            vae=AutoencoderConfig(block_channels=(32, 32, 64, 128), layers_per_block=1, latent_channels=4),
+            vae=AutoencoderConfig(
+                block_channels=(32, 32, 64, 128), layers_per_block=1, latent_channels=4, norm_groups=4
+            ),
             crop=64,
             colour_weight=2.0,
         ),

@@ -27,6 +27,7 @@ def get_config() -> TrainConfig:
                 num_heads=(2, 3, 3),
                 attention=(True, True, False),
                 layers_per_block=1,
+                norm_groups=4,
             ),
             networks=("weights/autoencoder_tiny",),
             image_encoder=CLIPVisionConfig(

@@ -28,6 +28,7 @@ def get_config() -> TrainConfig:
                 num_heads=(1, 2, 2),
                 attention=(False, True, True),
                 layers_per_block=1,
+                norm_groups=4,
             ),
             networks=("weights/stage1_tiny", "weights/depth_tiny"),
         ),

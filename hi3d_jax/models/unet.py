@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Float
 
 from hi3d_jax.models.embeddings import sinusoidal_embedding
-from hi3d_jax.models.layers import Conv, GroupNorm, InitKeys
+from hi3d_jax.models.layers import Conv, GroupNorm, InitKeys, set_norm_groups
 from hi3d_jax.models.unet_blocks import REMAT_POLICIES, BlockConfig, DownBlock, MidBlock, TimestepEmbedding, UpBlock
 
 
@@ -47,6 +47,8 @@ class UNetConfig:
     epsilon: float = 1e-5
     # The same for down blocks with attention and for all up blocks.
     attention_down_and_up_epsilon: float = 1e-5
+    # Groups of the group norms; small networks learn faster with fewer.
+    norm_groups: int = 32
     # What the backward pass recomputes: "none", "block" (all but blocks' inputs) or "products" (all but those and
     # matrix products).
     remat: str = "none"
@@ -111,6 +113,7 @@ class UNet(nnx.Module):
         self.up_blocks = nnx.List(self._make_up_blocks(skip_channels, kwargs))
         self.conv_norm_out = GroupNorm(first, epsilon=config.epsilon, **kwargs)
         self.conv_out = Conv(first, config.out_channels, zero=True, **kwargs)
+        set_norm_groups(self, config.norm_groups)
 
     def _block_config(self, level: int, epsilon: float) -> BlockConfig:
         config = self.config

@@ -28,6 +28,7 @@ from hi3d_jax.models.layers import (
     SpatioTemporalResBlock,
     TemporalConv,
     Upsample,
+    set_norm_groups,
 )
 
 EPSILON = 1e-6
@@ -50,6 +51,8 @@ class AutoencoderConfig:
     block_channels: tuple[int, ...] = (128, 256, 512, 512)
     # Residual blocks of the encoder at each resolution; the decoder has one more.
     layers_per_block: int = 2
+    # Groups of the group norms; small networks learn faster with fewer.
+    norm_groups: int = 32
     # One over the standard deviation of the latents.
     scaling_factor: float = 0.18215
 
@@ -211,6 +214,7 @@ class Autoencoder(nnx.Module):
         self.quant_conv = Conv(2 * latent, 2 * latent, 1, **kwargs)
         self.post_quant_conv = Conv(latent, latent, 1, **kwargs)
         self.decoder = Decoder(config, functools.partial(ResBlock, epsilon=EPSILON, **kwargs), **kwargs)
+        set_norm_groups(self, config.norm_groups)
 
     def encode(self, images: Float[Array, "*b h w 3"]) -> Posterior:
         """The distribution of the images' unscaled latents, float32."""
@@ -234,6 +238,7 @@ class TemporalAutoencoder(nnx.Module):
         self.encoder = Encoder(config, **kwargs)
         self.quant_conv = Conv(moments, moments, 1, **kwargs) if config.quant_conv else None
         self.decoder = TemporalDecoder(config, **kwargs)
+        set_norm_groups(self, config.norm_groups)
 
     def encode(self, images: Float[Array, "*b h w 3"]) -> Posterior:
         """The distribution of the images' unscaled latents, float32."""
