@@ -60,7 +60,8 @@ def test_fewer_norm_groups_keep_what_is_the_same_all_over_a_picture():
     config = dataclasses.replace(AutoencoderConfig.tiny(), norm_groups=4)
     network = Autoencoder(config, rngs=nnx.Rngs(0))
     norms = [module for _, module in nnx.iter_modules(network) if isinstance(module, GroupNorm)]
-    assert norms and all(norm.num_groups == 4 for norm in norms)
+    assert norms
+    assert all(norm.num_groups == 4 for norm in norms)
     # One channel is 2 everywhere, the others are 0: alone in its group it would become 0 too.
     x = jnp.zeros((1, 4, 4, 32)).at[..., 5].set(2.0)
     assert float(jnp.abs(GroupNorm(32, epsilon=1e-5, rngs=nnx.Rngs(0))(x)).max()) == 0
