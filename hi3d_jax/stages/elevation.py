@@ -122,7 +122,7 @@ def _peak(candidates: Sequence[float], agreements: Sequence[float]) -> float:
         return candidates[best]
     nearest = slice(best - 1, best + 2)
     a, b, _ = np.polyfit(np.subtract(candidates[nearest], candidates[best]), agreements[nearest], 2)
-    return round(candidates[best] + (-b / (2 * a) if a < 0 else 0.0))
+    return float(round(candidates[best] + (-b / (2 * a) if a < 0 else 0.0)))
 
 
 def write_estimate(path: Path, estimate: ElevationEstimate) -> None:

@@ -34,10 +34,15 @@ def picture_of(
     """Draws `prompt` and returns the file, picture.png in the new folder `output`; run.json beside it says how.
 
     `source` is a folder as diffusers writes it or the id of a Hugging Face repository. With `resume`, what `output`
-    holds already is not drawn again. Raises `TextError`, `RunError`, and `OSError` for the disk.
+    holds already is not drawn again. Raises `TextError`, `StageError`, `RunError`, and `OSError` for the disk.
     """
     if not prompt.strip():
         raise TextError("the prompt is empty; say what to make")
+    if missing := [package for package in PACKAGES if importlib.util.find_spec(package) is None]:
+        raise TextError(
+            f"a prompt needs a text-to-image model, and {', '.join(missing)} is not installed: pip install "
+            '"hi3d_jax[text]"'
+        )
     request = {"prompt": prompt, "addition": ADDITION, "text_model": source, "seed": seed}
     record = RunRecord.begin(Path(output), request, resume)
     draw = functools.partial(draw_text, f"{prompt}, {ADDITION}", source, seed, progress)
@@ -47,11 +52,6 @@ def picture_of(
 
 def draw_text(prompt: str, source: str, seed: int = 0, progress: bool = True) -> Float[np.ndarray, "h w 3"]:
     """The picture in [0, 1] that the pipeline `source` draws, with its own number of steps. Raises `TextError`."""
-    if missing := [package for package in PACKAGES if importlib.util.find_spec(package) is None]:
-        raise TextError(
-            f"a prompt needs a text-to-image model, and {', '.join(missing)} is not installed: pip install "
-            '"hi3d_jax[text]"'
-        )
     import torch
 
     pipeline = _open(source)
