@@ -42,7 +42,7 @@ class TrainProgram:
             raise ValueError(
                 f"data.batch_size={config.data.batch_size} in optimizer.accumulate={config.optimizer.accumulate} parts "
                 f"does not divide by mesh.data x mesh.fsdp = {parts}: make the batch larger, or give fewer devices to "
-                "these axes"
+                "these axes and more to mesh.views"
             )
         self._trained, self._frozen = config.task.trained(), config.task.frozen()
         dtype = jnp.dtype(config.precision)
