@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import re
 import subprocess
 import sys
 import types
@@ -13,6 +14,8 @@ import pytest
 from hi3d_jax import cameras, cli, data, images, video
 from hi3d_jax.cli import compiled_programs, main, orbit_defaults, output
 from hi3d_jax.cli.output import OutputError, prepare_output
+from hi3d_jax.stages.random_model import write_random_model
+from hi3d_jax.stages.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -324,13 +327,23 @@ def test_render_refuses_what_it_cannot_draw(tmp_path, capsys):
 def test_the_doctor_looks_into_model_folders_and_measures(tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text('{"networks": {}}')
-    assert main(["doctor", str(tmp_path / "model"), str(tmp_path / "nothing")]) == 0
+    recipe = dataclasses.replace(Recipe.paper(1), num_views=2, image_size=48)
+    write_random_model(tmp_path / "both/stage1", recipe)
+    write_random_model(tmp_path / "half/stage1", recipe)
+    weights = tmp_path / "half/stage1/unet/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    folders = [str(tmp_path / name) for name in ("model", "nothing", "both", "half")]
+    assert main(["doctor", *folders]) == 0
     told = capsys.readouterr().out
     for title in ("Versions", "Machine", "Devices", "Extras", "Caches", "Models", "Speed"):
         assert f"\n{title}\n" in f"\n{told}"
     assert f"{tmp_path / 'nothing'}" in told
     assert "cpu 0" in told
     assert "TFLOP/s" in told
+    assert "tiny: " in told
+    assert re.search(r"both: stage 1, paper recipe, 2 views of 48 x 48: unet \d\.\d MB, vae \d\.\d MB", told)
+    assert re.search(r"half: stage 1, .*: unet unusable \(.* cannot be read .*; download or write it again\)", told)
+    assert re.search(r"both, stage 1, 2 views of 48 pixels: .* seconds \(0\.\d+ TFLOP\)", told)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3.21, "3.2 seconds"), (600.0, "10.0 minutes"), (3e5, "3.5 days")])

@@ -1,7 +1,8 @@
-"""`hi3d doctor`: what this machine has, what is installed, and about how long the networks would take here."""
+"""`hi3d doctor`: what this machine has, what is installed, which models are found and how long they would take."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -21,7 +22,8 @@ EXTRAS = {
     "rembg": ("cutting out busy backgrounds", "matting"),
     "huggingface_hub": ("model folders by their id on the Hugging Face hub", "hub"),
     "grain": ("training", "train"),
-    "ray": ("rendering data sets on several machines", "ray"),
+    "diffusers": ("meshes from a prompt (with torch and transformers)", "text"),
+    "ray": ("rendering data sets and many pictures on several machines", "ray"),
 }
 # Floating-point operations of the full-size networks for one asset, 25 steps with guidance (multiply-add = 2): counted
 # on SVD's U-Net with Hi3D's input sizes.
@@ -32,15 +34,15 @@ PROBE_SIDE = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
 
 @dataclasses.dataclass(frozen=True)
 class Doctor:
-    """Tell what this machine has, which weights and extras are found, and how fast it multiplies.
+    """Tell what this machine has, which weights and extras are found, and how long models would take at least.
 
     examples:
       hi3d doctor
-      hi3d doctor models/stage1 models/stage2     # also looks into model folders
+      hi3d doctor models/hi3d models/stage2     # also looks into model folders
     """
 
     models: Annotated[Positional[tuple[Path, ...]], arg(metavar="MODEL_FOLDER")] = ()
-    """Model folders to look into."""
+    """Model folders to look into, beside the models in the package."""
 
     def run(self) -> None:
         for title, lines in (
@@ -50,7 +52,7 @@ class Doctor:
             ("Extras", _extras()),
             ("Caches", _caches()),
             ("Models", _models(self.models)),
-            ("Speed", _speed()),
+            ("Speed", _speed(self.models)),
         ):
             print(title)
             for line in lines:
@@ -100,24 +102,40 @@ def _caches() -> Iterator[str]:
     yield f"compiled programs: {folder}, {len(files)} files, {size / 1e6:.0f} MB"
 
 
-def _models(folders: tuple[Path, ...]) -> Iterator[str]:
-    from hi3d_jax.pretrained import PretrainedError, read_networks
+def _models(sources: tuple[Path, ...]) -> Iterator[str]:
+    from hi3d_jax.pretrained import PACKAGED, PretrainedError, stage_folders
 
-    for folder in folders:
+    for source in (*PACKAGED, *sources):
         try:
-            networks = read_networks(folder)
+            for folder in stage_folders(source):
+                yield f"{source}: {_contents(folder)}"
         except PretrainedError as error:
-            yield str(error)
+            yield f"{source}: {error}"
+
+
+def _contents(folder: Path) -> str:
+    """The networks of a model folder with the sizes of their weights, and whether a stage's fit each other."""
+    from hi3d_jax.pretrained import PretrainedError, check_weights, read_config, read_networks, weights_folder
+    from hi3d_jax.stages.recipe import Recipe
+
+    networks, words = read_networks(folder), []
+    for name in networks:
+        try:
+            check_weights(folder, [name])
+        except PretrainedError as error:
+            words.append(f"{name} unusable ({' '.join(str(error).split())})")
             continue
-        sizes = {name: sum(f.stat().st_size for f in (folder / name).glob("*.safetensors")) for name in networks}
-        yield f"{folder}: " + ", ".join(
-            f"{name} {size / 1e6:.0f} MB" if size else f"{name} has no weights" for name, size in sizes.items()
-        )
-    if not folders:
-        yield "none named; hi3d doctor MODEL_FOLDER looks into one"
+        size = sum(file.stat().st_size for file in weights_folder(folder, name).glob("*.safetensors"))
+        shared = read_config(folder)["networks"][name].get("weights")
+        words.append(f"{name} {size / 1e6:.1f} MB" + (f" (is {shared})" if shared else ""))
+    if not read_config(folder).get("recipe"):
+        return ", ".join(words) or "no networks"
+    recipe = Recipe.of(folder)
+    size = f"{recipe.num_views} views of {recipe.image_size} x {recipe.image_size}"
+    return f"stage {recipe.stage}, {recipe.name} recipe, {size}: {', '.join(words)}"
 
 
-def _speed() -> Iterator[str]:
+def _speed(sources: tuple[Path, ...]) -> Iterator[str]:
     import jax
     import jax.numpy as jnp
 
@@ -125,9 +143,29 @@ def _speed() -> Iterator[str]:
     # CPUs compute in float32 here; the others have units for bfloat16.
     dtype = jnp.float32 if platform_name == "cpu" else jnp.bfloat16
     rate = matmul_rate(PROBE_SIDE.get(platform_name, 1024), dtype)
-    yield f"matrix products, {jnp.dtype(dtype).name}: {rate / 1e12:.2f} TFLOP/s"
+    yield f"matrix products, {jnp.dtype(dtype).name}: {rate / 1e12:.2f} TFLOP/s; at that rate at least"
+    for name, flops in _work(sources):
+        yield f"{name}: {duration(flops / rate)} ({flops / 1e12:.2g} TFLOP)"
     for name, petaflop in PETAFLOP.items():
-        yield f"{name}, full size: at least {duration(petaflop * 1e15 / rate)} at that rate"
+        yield f"{name}, full size: {duration(petaflop * 1e15 / rate)} ({petaflop * 1e3:.0f} TFLOP)"
+
+
+def _work(sources: tuple[Path, ...]) -> Iterator[tuple[str, float]]:
+    """The stages that are found, and the floating-point operations of one orbit: sampling and decoding."""
+    from hi3d_jax.models.flops import count_flops
+    from hi3d_jax.pretrained import PACKAGED, PretrainedError, stage_folders
+    from hi3d_jax.stages.model import StageModel
+    from hi3d_jax.stages.recipe import RecipeError
+
+    for source in (*PACKAGED, *sources):
+        # What is wrong with a model was said above.
+        with contextlib.suppress(PretrainedError, RecipeError):
+            for folder in stage_folders(source):
+                model = StageModel(folder)
+                step, decode = (count_flops(model.programs[name].trace().jaxpr) for name in ("denoise_step", "decode"))
+                count, size = model.recipe.num_views, model.recipe.image_size
+                flops = model.recipe.num_steps * step + count * decode
+                yield f"{source}, {model.name}, {count} views of {size} pixels", float(flops)
 
 
 def matmul_rate(side: int, dtype: object) -> float:
