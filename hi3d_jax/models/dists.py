@@ -15,8 +15,8 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float
 
-from hi3d_jax.models.layers import Conv
 from hi3d_jax.models.lpips import SCALE, SHIFT, VGG
+from hi3d_jax.models.winograd import WinogradConv
 
 WIDTHS = (3, *(layer.width for layer in VGG if layer.compared))
 MIN_SIDE = 16
@@ -39,7 +39,7 @@ class DISTS(nnx.Module):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         widths = [3, *(layer.width for layer in VGG)]
         self.convs = nnx.List(
-            Conv(width_in, layer.width, layer.size, padding=(layer.padding,) * 2, **kwargs)
+            WinogradConv(width_in, layer.width, layer.size, padding=(layer.padding,) * 2, **kwargs)
             for width_in, layer in zip(widths, VGG, strict=False)
         )
         self.alpha = nnx.Param(jnp.full((sum(WIDTHS),), 0.1, param_dtype))

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from hi3d_jax.models.layers import Conv
+from hi3d_jax.models.winograd import WinogradConv
 
 # ImageNet's statistics, for RGB in [-1, 1].
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
@@ -81,7 +81,7 @@ class LPIPS(nnx.Module):
         kwargs = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         widths = [3, *(layer.width for layer in config.layers)]
         self.convs = nnx.List(
-            Conv(width_in, layer.width, layer.size, stride=layer.stride, padding=(layer.padding,) * 2, **kwargs)
+            WinogradConv(width_in, layer.width, layer.size, stride=layer.stride, padding=(layer.padding,) * 2, **kwargs)
             for width_in, layer in zip(widths, config.layers, strict=False)
         )
         self.heads = nnx.List(
