@@ -81,6 +81,8 @@ class Ablation:
     """Only the objects of this split of manifest.jsonl."""
     limit: int | None = None
     """Only so many objects, evenly from the sorted list."""
+    ids: tuple[str, ...] | None = None
+    """Only these objects, by name."""
     seeds: tuple[int, ...] | None = None
     """Seeds of stages 1 and 2; None: 0, and for figure6 0 to 3."""
     num_steps: int | None = None
@@ -233,9 +235,14 @@ def variants(results: Results) -> tuple[list[Variant], str]:
     return rows, "refined"
 
 
-def chosen(truths: dict[str, Path], limit: int | None) -> list[str]:
-    """Names of `limit` truths, evenly from the first to the last of the sorted list."""
-    names = sorted(truths)
+def chosen(truths: dict[str, Path], limit: int | None, ids: Sequence[str] | None = None) -> list[str]:
+    """Names of `limit` truths, evenly from the first to the last of the sorted list, or of those of `ids`.
+
+    Raises `AblationError` for names that there are not.
+    """
+    if strangers := sorted(set(ids or ()) - truths.keys()):
+        raise AblationError(f"there are no objects {', '.join(strangers)}; names are like {min(truths)}")
+    names = sorted(truths if ids is None else ids)
     if limit is None or limit >= len(names):
         return names
     return [names[index] for index in np.linspace(0, len(names) - 1, limit).round().astype(int)]
@@ -266,31 +273,38 @@ def score(variant: Variant, names: list[str], protocol: str, ablation: Ablation,
 
 
 def run(ablation: Ablation) -> None:
-    """Makes what is missing, object by object, then scores all. Raises `AblationError` and what making raises."""
+    """Makes what is missing, object by object, then scores all. Raises `AblationError` and what scoring raises."""
     truths = find_truths(ablation.objects, ablation.split)
+    names = chosen(truths, ablation.limit, ablation.ids)
     results = Results(ablation, truths)
     table, reference = variants(results)
     decides = ("what", "objects", "model", "without_depth", "split", "num_steps", "elevation_deg", "quality")
     about = {name: str(getattr(ablation, name)) for name in decides}
     about |= {"views": "generated" if results.generated else "true", "hi3d_jax": version("hi3d_jax")}
     begin(ablation.output, about, resume=True)
-    failed, names = [], chosen(truths, ablation.limit)
-    for name in tqdm(names, desc=ablation.what, unit="object", disable=None):
+    about["could not be made"] = "; ".join(make(table, names, ablation.what)) or "none"
+    size = ablation.size
+    if size is None and ablation.what != "table4" and 2 in results.recipes:
+        size = results.recipes[2].image_size
+    for protocol in ablation.protocols:
+        systems = {variant.name: score(variant, names, protocol, ablation, size) for variant in table}
+        title = f"{ablation.what}, {protocol}"
+        folder = ablation.output / protocol
+        print(write_comparison(folder, title, about | {"protocol": protocol}, systems, reference))
+    print(ablation.output / ablation.protocols[0] / "comparison.html")
+
+
+def make(table: Sequence[Variant], names: Sequence[str], what: str) -> list[str]:
+    """Brings the results of all objects into the variants' folders; returns what could not be made, and why."""
+    failed = []
+    for name in tqdm(names, desc=what, unit="object", disable=None):
         for variant in table:
             try:
                 variant.make(name)
             except (ValueError, OSError) as error:
                 failed.append(f"{name}, {variant.name}: {error}")
                 print(failed[-1], file=sys.stderr)
-    size = ablation.size
-    if size is None and ablation.what != "table4" and 2 in results.recipes:
-        size = results.recipes[2].image_size
-    for protocol in ablation.protocols:
-        systems = {variant.name: score(variant, names, protocol, ablation, size) for variant in table}
-        settings = about | {"protocol": protocol, "could not be made": "; ".join(failed) or "none"}
-        title = f"{ablation.what}, {protocol}"
-        print(write_comparison(ablation.output / protocol, title, settings, systems, reference))
-    print(ablation.output / ablation.protocols[0] / "comparison.html")
+    return failed
 
 
 def main() -> None:

@@ -62,6 +62,7 @@ def test_objects_are_chosen_evenly_and_more_contain_fewer():
     few, more, all_of_them = (ablations.chosen(truths, limit) for limit in (4, 7, None))
     assert few == ["00", "08", "16", "24"]
     assert set(few) < set(more) < set(all_of_them) == set(truths)
+    assert ablations.chosen(truths, None, ["07", "03"]) == ["03", "07"]
 
 
 def test_table_4_goes_on_where_it_stopped(monkeypatch, tmp_path, objects, capsys):
@@ -123,6 +124,7 @@ def test_table_3_and_figure_6_on_models(monkeypatch, tmp_path, objects, models):
         (("figure6",), "give one with --model"),
         (("table4", "--views", "generated"), "no stage 1 to generate views with"),
         (("table4", "--split", "val"), "no manifest.jsonl"),
+        (("table4", "--ids", "torus", "mug"), "no objects mug; names are like ball"),
     ],
 )
 def test_what_is_missing_is_said(monkeypatch, tmp_path, objects, words, complaint):
