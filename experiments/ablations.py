@@ -1,10 +1,10 @@
 """The paper's ablations as configs of one command: table 3, table 4 and figure 6, on objects whose truth is known.
 
     python experiments/ablations.py table4 objects/ --split val -o ablations/table4
-    python experiments/ablations.py table4 objects/ --split val -o ablations/table4_generated --model models/hi3d-tiny
-    python experiments/ablations.py table3 objects/ --split val -o ablations/table3 --model models/hi3d-tiny \\
+    python experiments/ablations.py table4 objects/ --split val -o ablations/table4_generated --model tiny
+    python experiments/ablations.py table3 objects/ --split val -o ablations/table3 --model tiny \\
         --without-depth runs/stage2_tiny_no_depth/model
-    python experiments/ablations.py figure6 objects/ --split val -o ablations/figure6 --model models/hi3d-tiny
+    python experiments/ablations.py figure6 objects/ --split val -o ablations/figure6 --model tiny
 
     table3     views: refined by stage 2; by a stage 2 that was trained without depth; not refined but enlarged
     table4     meshes with M = 0, 16, 32, 48 views drawn from the Gaussians between the given ones
@@ -46,9 +46,10 @@ from hi3d_jax.evaluation.results import find_truths
 from hi3d_jax.evaluation.runs import begin
 from hi3d_jax.evaluation.tables import Row
 from hi3d_jax.images import straight_alpha, write_png
+from hi3d_jax.pretrained import stage_folders
 from hi3d_jax.stages.image_to_3d import without_background
 from hi3d_jax.stages.model import StageModel
-from hi3d_jax.stages.pipeline import Hi3DPipeline, Options, open_stage, stage_folders
+from hi3d_jax.stages.pipeline import Hi3DPipeline, Options, open_stage
 from hi3d_jax.stages.presets import Quality, ReconstructConfig
 from hi3d_jax.stages.recipe import Recipe
 from hi3d_jax.stages.reconstruct import reconstruct
@@ -71,8 +72,8 @@ class Ablation:
     """Folder of object files, with or without manifest.jsonl."""
     output: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
     """Folder for everything: new, or one that this command began."""
-    model: Annotated[str | None, arg(aliases=["-m"], metavar="FOLDER")] = None
-    """Folder with stage1/ and stage2/, or one model folder; none: true views (table4 only)."""
+    model: Annotated[str | None, arg(aliases=["-m"], metavar="tiny|FOLDER|HUB_ID")] = None
+    """As `hi3d generate` takes it, or the folder of a stage; none: true views (table4 only)."""
     without_depth: Annotated[str | None, arg(metavar="FOLDER")] = None
     """Model folder of a stage 2 that was trained without depth (--config=stage2_tiny_no_depth), for table3."""
     views: Literal["true", "generated"] | None = None
