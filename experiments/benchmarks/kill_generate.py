@@ -31,7 +31,7 @@ import numpy as np
 
 from hi3d_jax.neus import FieldConfig, HashGridConfig, NeuSConfig, SamplingConfig
 from hi3d_jax.splatting import FitConfig
-from hi3d_jax.stages import sampling
+from hi3d_jax.stages import pictures, sampling
 from hi3d_jax.stages.image_to_3d import ImageTo3D
 from hi3d_jax.stages.model import StageModel
 from hi3d_jax.stages.pipeline import Options
@@ -77,10 +77,10 @@ SMALLEST = ReconstructConfig(
 )
 
 
-def write_random_stages(folder: Path) -> None:
-    """Stages 1 and 2 with random networks, four views, and steps enough to be killed between them."""
-    for stage, size in ((1, 48), (2, 96)):
-        recipe = dataclasses.replace(Recipe.paper(stage), num_views=4, image_size=size, num_steps=4)
+def write_random_stages(folder: Path, stages: tuple[int, ...] = (1, 2)) -> None:
+    """Stages with random networks, four views, and steps enough to be killed between them."""
+    for stage in stages:
+        recipe = dataclasses.replace(Recipe.paper(stage), num_views=4, image_size=48 * stage, num_steps=4)
         write_random_model(folder / f"stage{stage}", recipe, seed=stage)
 
 
@@ -89,9 +89,10 @@ def start(output: Path, model: Path | str, image: Path | None, kill: tuple[str, 
     command = [sys.executable, str(Path(__file__).resolve()), "--model", str(model), "--run", str(output)]
     command += [] if image is None else ["--image", str(image)]
     command += [] if kill is None else ["--kill", *map(str, kill)]
-    # Compiled once, by the first run.
+    # Compiled once, by the first run; in a hurry where little is computed.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(output.parent / "compiled")}
-    environment = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **cache, **os.environ}
+    hurry = {} if image else {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **cache, **hurry, **os.environ}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
@@ -110,6 +111,7 @@ def run(options: argparse.Namespace) -> None:
     config, picture = ReconstructConfig.preset("draft"), options.image
     if picture is None:
         _put_on_white()
+        pictures.TURNTABLE_SIZE = 48
         config, picture = SMALLEST, _disc()
     ImageTo3D.from_pretrained(options.model)(
         picture, options.run, config=config, options=Options(resume=True, progress=False)
