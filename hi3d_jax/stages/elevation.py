@@ -4,10 +4,11 @@ Stage 1 is told an elevation. Told a wrong one, it draws views that do not belon
 solid has all their silhouettes at once. So a few orbits are drawn coarsely, each for another elevation, and the one
 whose silhouettes their common visual hull fills best is believed.
 
-Measured with true views of 25 objects in place of drawn ones, from 0 and 20 degrees (experiments/benchmarks/
-elevation.py): of six candidates 10 degrees apart the true one scores best in 48 of 50 cases where all views are from
-the true elevation, in 47 of 50 where only the input view is. Objects that look the same from all sides, like cans, tell
-little; the scores, which are kept, are nearly equal then.
+Measured with true views in place of drawn ones, from 0 and 20 degrees, six candidates 10 degrees apart: with true masks
+of 25 objects the true candidate scores best in 48 of 50 cases where all views are from the true elevation, in 47 of 50
+where only the input view is. With masks keyed from the views, as a run has them, 27 and 23 of 28 on 14 of the objects;
+mean errors 1.4 and 3.4 degrees, the largest 5 and 40 (experiments/benchmarks/elevation.py). Objects that look the same
+from all sides, like cans, tell little: the scores, which are kept, are nearly equal then.
 """
 
 from __future__ import annotations
