@@ -4,9 +4,9 @@
 paper is silent the released code decides (HI3D.md section 6), except for clipping. Expected: 24.26 dB PSNR on the
 paper's test set (its table 1). Not run here: it needs weights and machines that this project has not had.
 
-On TPU an orbit fits one chip of v5e. For more chips than orbits --mesh.views splits each orbit's views: 16 orbits on 64
-chips are --mesh.views=4. Four chips of v5e hold one orbit each at a time: --optimizer.accumulate=4. What has been
-compiled, with its bytes: experiments/benchmarks/RESULTS.md.
+On TPU four chips of v5e hold a step of four orbits, and 64 a step of 64 (XLA's own count of bytes; see
+experiments/benchmarks/RESULTS.md). For more chips than orbits --mesh.views splits each orbit's views over chips: 16
+orbits on 64 chips are --mesh.views=4; 16 on four chips --optimizer.accumulate=4. Those two have not been compiled.
 
     python converters/convert.py svd_xt_image_decoder.safetensors --init stage1_paper -o svd_stage1
     python experiments/train.py --config=stage1 --start=svd_stage1 \\
