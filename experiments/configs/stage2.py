@@ -5,8 +5,8 @@ depth, as the paper's text has it. Coarse views are degraded ones, mixed with ou
 `data.stage1_folder` has some. Not run here: it needs weights and machines that this project has not had.
 
 One orbit takes 23 GiB beside the weights: more than a chip of v5e has, which --mesh.views mends by splitting each
-orbit's views over chips. 8 orbits on 64 v5e are --mesh.views=8 --task.views_at_a_time=8: 10 of 15.75 GiB (XLA's own count
-of bytes; see experiments/benchmarks/RESULTS.md).
+orbit's views over chips. 8 orbits on 64 v5e are --mesh.views=8 --task.views_at_a_time=8: 10 of 15.75 GiB (XLA's own
+count of bytes; see experiments/benchmarks/RESULTS.md).
 
     python converters/convert.py svd_xt_image_decoder.safetensors --init stage2_paper -o svd_stage2
     python experiments/train.py --config=stage2 --start=svd_stage2 \\
