@@ -3,8 +3,12 @@
 Paper section 4.2 with the `paper` recipe at small size. The image encoder, a vision transformer of CLIP's architecture,
 learns with the U-Net.
 
+    python experiments/cache_latents.py DATASET -o CACHE --networks AUTOENCODER_FOLDER --size 128
     python experiments/train.py --config=stage1_tiny --task.networks AUTOENCODER_FOLDER --data.folder=DATASET \\
-        --data.validation_folder=DATASET2
+        --data.cache_folder=CACHE --data.arrays latents --data.validation_folder=DATASET2
+
+Without the cache (leave its two options out) each step encodes its views again. What the model in the package was
+trained with is written beside its weights, in hi3d_jax/weights/tiny/training_log.md.
 """
 
 import dataclasses
@@ -25,7 +29,7 @@ def get_config() -> TrainConfig:
                 context_dim=128,
                 block_channels=(64, 96, 96),
                 num_heads=(2, 3, 3),
-                attention=(True, True, False),
+                attention=(False, True, True),
                 layers_per_block=1,
                 norm_groups=4,
             ),
@@ -37,7 +41,7 @@ def get_config() -> TrainConfig:
         folder="runs/stage1_tiny",
         steps=60_000,
         data=DataConfig(batch_size=4, image_size=128, category_power=0.5),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=500, ema_decay=0.9995),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, ema_decay=0.998),
         checkpoint=CheckpointConfig(every_steps=500),
         log=LogConfig(every_steps=25, samples_every_steps=1000, samples=2, validate_every_steps=1000),
     )
