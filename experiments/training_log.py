@@ -94,15 +94,16 @@ class Log:
         """The run's line of the table."""
         config = self.config
         held_out = self.lines.get("validation", [{}])[-1]
-        shown = {name: value for name, value in held_out.items() if name in ("loss", "psnr", "lpips", "sample_psnr")}
-        samples = self.lines.get("samples", [{}])[-1]
+        shown = {name: value for name, value in held_out.items() if name in ("loss", "psnr", "lpips")}
+        # Without held-out records, samples are drawn for training ones.
+        samples = self.lines.get("samples", [{}])[-1] if config.data.validation_folder else {}
         shown |= {name: value for name, value in samples.items() if name.endswith("psnr")}
         views = config.data.batch_size * config.data.num_views
         return [
             self.name,
             f"{self.steps:,}",
             f"{views} views of {config.data.image_size}²",
-            f"{config.optimizer.learning_rate:g}",
+            f"{self.lines['train'][-1]['learning_rate']:.1g}",
             f"{self.hours:.2f}",
             str(config.seed),
             ", ".join(f"{name} {value:.4g}" for name, value in shown.items()) or "none",

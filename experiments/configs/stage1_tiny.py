@@ -23,7 +23,9 @@ from hi3d_jax.training.tasks import StageTask
 def get_config() -> TrainConfig:
     return TrainConfig(
         task=StageTask(
-            recipe=dataclasses.replace(Recipe.paper(1), image_size=128),
+            # After 1,700 steps, views 1-15 of 25 held-out objects are at 16.2 dB with 2 or 3 sampling steps, at 15.8
+            # with 4 and 15.5 with 6: better trained, it will bear more.
+            recipe=dataclasses.replace(Recipe.paper(1), image_size=128, num_steps=3, guidance=(1.0, 1.0)),
             unet=UNetConfig(
                 vector_dim=512,
                 context_dim=128,
