@@ -83,7 +83,7 @@ def test_a_run_is_continued_by_its_own_config_only(tmp_path, capsys):
     store_config(tmp_path, longer)
     assert "steps: 60000 -> 60001" in capsys.readouterr().out
     other = dataclasses.replace(longer, optimizer=OptimizerConfig(learning_rate=1.0), seed=1)
-    with pytest.raises(ValueError, match=r"seed: 0 -> 1.*optimizer.learning_rate: 0.0003 -> 1.0"):
+    with pytest.raises(ValueError, match=r"seed: 0 -> 1.*optimizer.learning_rate: 0.001 -> 1.0"):
         store_config(tmp_path, other)
     store_config(tmp_path, other, accept_changes=True)
     assert differences(longer, other)[1]
