@@ -40,6 +40,7 @@ from tyro.conf import Positional, arg
 from experiments.benchmarks.reconstruct import holding_radius
 from hi3d_jax.cli.compiled_programs import keep_compiled_programs
 from hi3d_jax.cli.evaluate import Evaluate
+from hi3d_jax.cli.output import script_errors
 from hi3d_jax.data import load_object, render_orbit
 from hi3d_jax.evaluation.comparison import write_comparison
 from hi3d_jax.evaluation.results import find_truths
@@ -47,7 +48,7 @@ from hi3d_jax.evaluation.runs import begin
 from hi3d_jax.evaluation.tables import Row
 from hi3d_jax.images import straight_alpha, write_png
 from hi3d_jax.pretrained import stage_folders
-from hi3d_jax.stages.image_to_3d import without_background
+from hi3d_jax.stages.background import without_background
 from hi3d_jax.stages.model import StageModel
 from hi3d_jax.stages.pipeline import Hi3DPipeline, Options, open_stage
 from hi3d_jax.stages.presets import Quality, ReconstructConfig
@@ -200,9 +201,9 @@ class Results:
             self.finest_views(name)
             views, cameras = read_views(self.finest / name / f"seed_{seed}")
             return without_background(Orbit(views[..., :3], views[..., 3], cameras))
-        radius = holding_radius(load_object(self.truths[name]))
-        angles = {"elevation_deg": self.ablation.elevation_deg, "radius": radius}
-        renders, cameras = render_orbit(load_object(self.truths[name]), **angles, width=RECONSTRUCTED_SIZE)
+        mesh = load_object(self.truths[name])
+        angles = {"elevation_deg": self.ablation.elevation_deg, "radius": holding_radius(mesh)}
+        renders, cameras = render_orbit(mesh, **angles, width=RECONSTRUCTED_SIZE)
         return Orbit(renders.views, renders.alphas, cameras)
 
     def meshes(self, num_interpolated: int, name: str) -> None:
@@ -312,12 +313,8 @@ def main() -> None:
     """Parses and runs; errors a user can mend are one line."""
     ablation = tyro.cli(Ablation, description=__doc__)
     keep_compiled_programs()
-    try:
+    with script_errors():
         run(ablation)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ encoder's embedding, both float16. Run the same command again to go on after an 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +22,7 @@ from flax import nnx
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
+from hi3d_jax.cli.output import script_errors
 from hi3d_jax.data.derived import derive
 from hi3d_jax.data.loader import over_white_bytes, resized_views
 from hi3d_jax.data.record_folder import RecordFolder
@@ -100,12 +100,8 @@ def cache(arguments: Arguments) -> None:
 def main() -> None:
     """Parses and runs; errors a user can mend are one line."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    try:
+    with script_errors():
         cache(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ KEY@START, where START is the number of the input view. Run the same command aga
 from __future__ import annotations
 
 import dataclasses
-import sys
 import zlib
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from hi3d_jax.cli.output import script_errors
 from hi3d_jax.data.derived import derive
 from hi3d_jax.data.loader import over_white_bytes, resized_views
 from hi3d_jax.data.record_folder import RecordFolder
@@ -77,12 +77,8 @@ def generate(arguments: Arguments) -> None:
 def main() -> None:
     """Parses and runs; errors a user can mend are one line."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    try:
+    with script_errors():
         generate(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
+from hi3d_jax.cli.output import script_errors
 from hi3d_jax.data.dataset import RenderSettings, finish, make_plan, missing_shards
 from hi3d_jax.data.record_folder import verify
 from hi3d_jax.data.runners import run_processes, run_ray
@@ -86,12 +87,8 @@ def check(folder: str) -> int:
 def main() -> None:
     """Parses and runs; errors a user can mend are one line."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    try:
+    with script_errors(RuntimeError):
         sys.exit(check(arguments.source) if arguments.verify else render(arguments))
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
 
 
 if __name__ == "__main__":

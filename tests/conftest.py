@@ -25,6 +25,24 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def hub_downloads(monkeypatch):
+    """Called with a folder: the Hugging Face hub then has it under every name; returns what it is asked for."""
+    hub = pytest.importorskip("huggingface_hub", reason="downloads through huggingface_hub, which is not installed")
+
+    def serve(folder: Path) -> list[tuple[str, list[str]]]:
+        asked = []
+
+        def download(repository, allow_patterns):
+            asked.append((repository, allow_patterns))
+            return str(folder)
+
+        monkeypatch.setattr(hub, "snapshot_download", download)
+        return asked
+
+    return serve
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_are_let_go():
     """Forgets a module's programs when it is done.

@@ -69,16 +69,9 @@ def test_what_stages_share_is_stored_once_and_read_from_both(bundle, monkeypatch
     assert same(from_pretrained(".", "also_equal"), one["equal"])
 
 
-def test_a_hub_repository_can_hold_a_bundle(bundle, monkeypatch, tmp_path):
+def test_a_hub_repository_can_hold_a_bundle(bundle, hub_downloads):
     folder, one, _ = bundle
-    hub = pytest.importorskip("huggingface_hub", reason="downloads through huggingface_hub, which is not installed")
-    asked = []
-
-    def download(repository, allow_patterns):
-        asked.append((repository, allow_patterns))
-        return str(folder)
-
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    asked = hub_downloads(folder)
     assert stage_folders("somebody/hi3d") == ["somebody/hi3d/stage1", "somebody/hi3d/stage2"]
     assert same(from_pretrained("somebody/hi3d/stage2", "also_equal"), one["equal"])
     assert asked[-1] == ("somebody/hi3d", ["stage1/config.json", "stage1/equal/*"])

@@ -255,15 +255,8 @@ class OneOf:
         return ((name, np.zeros(2, np.float32)) for name in "abc"[: self.count])
 
 
-def test_the_hub(folder, monkeypatch, tmp_path):
-    hub = pytest.importorskip("huggingface_hub", reason="downloads through huggingface_hub, which is not installed")
-    asked = []
-
-    def download(repository, allow_patterns):
-        asked.append((repository, allow_patterns))
-        return str(folder)
-
-    monkeypatch.setattr(hub, "snapshot_download", download)
+def test_the_hub(folder, hub_downloads):
+    asked = hub_downloads(folder)
     assert from_pretrained("somebody/hi3d", "image_encoder").config == TINY
     assert asked[0] == ("somebody/hi3d", ["config.json"])
     assert asked[-1] == ("somebody/hi3d", ["config.json", "image_encoder/*"])

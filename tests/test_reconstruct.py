@@ -7,30 +7,12 @@ import json
 import numpy as np
 import pytest
 
+from experiments.benchmarks.kill_generate import SMALLEST as TINY
 from hi3d_jax import cameras, cli, images, mesh, neus, splatting, stages, video
-from hi3d_jax.neus import FieldConfig, HashGridConfig, NeuSConfig, SamplingConfig
-from hi3d_jax.splatting import FitConfig
 from hi3d_jax.stages import ReconstructConfig, RunError, StageError, pictures, reconstruct
 from hi3d_jax.stages.checks import check_finite
 from hi3d_jax.video import Orbit
 
-TINY = ReconstructConfig(
-    num_interpolated=2,
-    image_size=32,
-    hull_resolution=32,
-    num_gaussians=200,
-    splats=FitConfig(steps=3, sh_degree=0, resolutions=((1.0, 32),)),
-    neus=NeuSConfig(
-        fields=FieldConfig(grid=HashGridConfig(num_levels=2, log2_table_size=8), sdf_width=8, colour_width=8),
-        sampling=SamplingConfig(coarse=24, fine=6),
-        iterations=6,
-        rays=64,
-        cache_resolution=24,
-    ),
-    resolution=32,
-    num_faces=400,
-    texture_size=64,
-)
 STEPS = ["views", "splats", "interpolated", "surface", "mesh", "texture", "scores", "pictures"]
 
 

@@ -9,7 +9,6 @@ view 0 alone. Printed are the estimates, the best candidates, and the mean error
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from hi3d_jax.data import load_object, render_orbit
+from hi3d_jax.evaluation.results import find_truths
 from hi3d_jax.images import to_bytes
 from hi3d_jax.mesh import Mesh
 from hi3d_jax.stages.elevation import candidate_elevations, estimate_elevation
@@ -33,14 +33,8 @@ from hi3d_jax.stages.recipe import Recipe
 SIZE = 128
 
 
-def val_objects(folder: Path, limit: int | None) -> list[dict]:
-    lines = (folder / "manifest.jsonl").read_text().splitlines()
-    return [about for about in map(json.loads, lines) if about["split"] == "val"][:limit]
-
-
-def views(mesh: Mesh, elevation_deg: float, count: int = 16, size: int = SIZE) -> np.ndarray:
-    azimuths = [360 * view / count for view in range(count)]
-    renders, _ = render_orbit(mesh, azimuths_deg=azimuths, elevation_deg=elevation_deg, width=size, supersample=2)
+def views(mesh: Mesh, elevation_deg: float) -> np.ndarray:
+    renders, _ = render_orbit(mesh, elevation_deg=elevation_deg, width=SIZE, supersample=2)
     return to_bytes(renders.views)
 
 
@@ -82,8 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     recipe = Recipe.paper(1) if model is None else model.recipe
     errors: dict[str, list[float]] = {}
     best: dict[str, list[bool]] = {}
-    for about in val_objects(options.objects, options.limit):
-        mesh = load_object(options.objects / about["file"])
+    for name, path in list(find_truths(options.objects, "val").items())[: options.limit]:
+        mesh = load_object(path)
         ways = (
             true_views(mesh, recipe) if model is None else drawn_views(mesh, model, options.seed, options.keep_framing)
         )
@@ -96,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
                 best.setdefault(way, []).append(first_choice == true)
                 scores = " ".join(f"{agreement:.3f}" for agreement in estimate.agreements)
                 print(
-                    f"{way}, {about['id']}: true {true:g}, estimate {estimate.elevation_deg:g} ({scores}), "
+                    f"{way}, {name}: true {true:g}, estimate {estimate.elevation_deg:g} ({scores}), "
                     f"{time.perf_counter() - started:.1f} s",
                     flush=True,
                 )

@@ -28,10 +28,11 @@ from hi3d_jax.atomic import written_aside
 from hi3d_jax.data.loader import over_white_bytes, resized_views
 from hi3d_jax.data.record_folder import RecordFolder
 from hi3d_jax.data.records import OrbitRecord
+from hi3d_jax.evaluation.baselines import copy_input
 from hi3d_jax.evaluation.perceptual import perceptual_metrics
 from hi3d_jax.evaluation.views import psnr
 from hi3d_jax.images import resize, write_png
-from hi3d_jax.stages.framing import resize_view, to_network
+from hi3d_jax.stages.framing import resize_views, to_network
 from hi3d_jax.stages.model import StageModel
 from hi3d_jax.stages.multiview import multiview
 from hi3d_jax.stages.pipeline import open_stage
@@ -74,12 +75,6 @@ def decoded(model: StageModel, views: Views) -> Views:
     return model.decode(model.run("conditioning_latents", to_network(views)).mean * model.scaling_factor)
 
 
-def enlarged(model: StageModel, views: Views) -> Views:
-    """Views at the size of a model."""
-    size = model.recipe.image_size
-    return np.stack([resize_view(view, size, size, model.recipe) for view in views])
-
-
 class Scores:
     """Means over views 1-15, by name of what was scored: one list entry per object and seed."""
 
@@ -119,7 +114,7 @@ class Session:
         }
         truth = truths[1]
         mean = np.rint(truth.mean(0)).astype(np.uint8)
-        self.scores.add("stage 1: the input copied", np.stack([truth[0]] * len(truth)), truth)
+        self.scores.add("stage 1: the input copied", copy_input(truth), truth)
         self.scores.add("stage 1: mean of the true views", np.stack([mean] * len(truth)), truth)
         for stage, model in self.models.items():
             self.scores.add(
@@ -131,7 +126,9 @@ class Session:
             for stage, views in orbits.items():
                 self.scores.add(f"stage {stage}", views, truths[stage])
             if 2 in orbits:
-                self.scores.add("stage 2: stage 1 enlarged", enlarged(self.models[2], orbits[1]), truths[2])
+                recipe = self.models[2].recipe
+                enlarged = resize_views(orbits[1], recipe.image_size, recipe)
+                self.scores.add("stage 2: stage 1 enlarged", enlarged, truths[2])
             shown += list(orbits.values()) if seed == 0 else []
         if self.arguments.output is not None:
             draw(self.arguments.output / f"{record.key.replace('/', '_')}.png", shown)

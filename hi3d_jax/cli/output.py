@@ -65,6 +65,20 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def script_errors(*more: type[Exception]) -> Iterator[None]:
+    """Ends a script of experiments/ that can be run again: one line for what a user can mend, and after Ctrl-C.
+
+    That is `ValueError`, `OSError` and `more`.
+    """
+    try:
+        yield
+    except (ValueError, OSError, *more) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again to go on")
+
+
 def explained(error: Exception) -> str:
     """What went wrong and what to do, in one line; empty for an error that no user can cause."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

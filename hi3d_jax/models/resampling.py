@@ -35,6 +35,13 @@ def resize_bicubic(images: Float[Array, "b h w c"], height: int, width: int) -> 
     return _combine(images, 2, *_cubic_taps(images.shape[2], width))
 
 
+def square_means(images: Float[Array, "b h w c"], side: int) -> Float[Array, "b h//{side} w//{side} c"]:
+    """Means over squares of `side` pixels each way; rows and columns that fill none are left out."""
+    b, h, w, c = images.shape
+    rows, columns = h // side, w // side
+    return images[:, : rows * side, : columns * side].reshape(b, rows, side, columns, side, c).mean((2, 4))
+
+
 def _combine(
     images: Float[Array, "b h w c"], axis: int, indices: np.ndarray, weights: np.ndarray
 ) -> Float[Array, "b H W c"]:

@@ -42,6 +42,13 @@ def resize_view(
     return opencv_bilinear(image, width, height)
 
 
+def resize_views(
+    views: UInt8[np.ndarray, "t h w 3"], size: int, recipe: Recipe
+) -> UInt8[np.ndarray, "t {size} {size} 3"]:
+    """`resize_view` of each view, to a square."""
+    return np.stack([resize_view(view, size, size, recipe) for view in views])
+
+
 def opencv_bilinear(image: UInt8[np.ndarray, "h w c"], width: int, height: int) -> UInt8[np.ndarray, "height width c"]:
     """cv2.resize with its default INTER_LINEAR on 8 bit pictures, to the last bit: fixed-point, not antialiased.
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from hi3d_jax import diffusion
 from hi3d_jax.images import to_bytes
+from hi3d_jax.models.resampling import square_means
 from hi3d_jax.models.vae import Posterior
 from hi3d_jax.pretrained import abstract_network, check_weights, from_pretrained, read_networks, weights_folder
 from hi3d_jax.stages import conditioning
@@ -202,11 +203,8 @@ class StageModel:
     def preview(self, latents: Float[Array, "t h w c"]) -> UInt8[np.ndarray, "n h2 w2 3"]:
         """A few views, small."""
         views = latents[:: max(len(latents) // PREVIEW_VIEWS, 1)][:PREVIEW_VIEWS]
-        n, h, w, c = views.shape
-        by = PREVIEW_SHRINK if min(h, w) >= PREVIEW_SHRINK else 1
-        rows, columns = h // by, w // by
-        small = views[:, : rows * by, : columns * by].reshape(n, rows, by, columns, by, c).mean((2, 4))
-        return self._bytes(self.run("preview", small))
+        by = PREVIEW_SHRINK if min(views.shape[1:3]) >= PREVIEW_SHRINK else 1
+        return self._bytes(self.run("preview", square_means(views, by)))
 
     def _bytes(self, views: Array) -> UInt8[np.ndarray, "t h w 3"]:
         views = np.asarray(views)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from hi3d_jax.stages.conditioning import encode
-from hi3d_jax.stages.framing import resize_view, to_network
+from hi3d_jax.stages.framing import resize_views, to_network
 from hi3d_jax.stages.model import StageModel, Watch, draw_latents, random_key
 from hi3d_jax.stages.recipe import RecipeError
 
@@ -35,7 +35,7 @@ def refine(
     recipe = model.recipe
     size = recipe.image_size
     check_count(model, len(coarse))
-    views = np.stack([resize_view(view, size, size, recipe) for view in coarse])
+    views = resize_views(coarse, size, recipe)
     image = views[0] if image is None else image
     if image.shape != (size, size, 3):
         raise RecipeError(f"{model.name} takes an image of {size} x {size} pixels, not {image.shape}: use frame_image")

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from hi3d_jax.models.resampling import square_means
 from hi3d_jax.models.vae import Autoencoder, AutoencoderConfig, Posterior
 from hi3d_jax.training.networks import NetworkSpec, Specs, found_in
 from hi3d_jax.training.tasks.pictures import over_white, psnr
@@ -57,7 +58,7 @@ class AutoencoderTask:
         metrics["latent_std"] = posterior.mean.std()
         if self.colour_weight:
             side = networks["vae"].config.downsampling
-            metrics["colour"] = jnp.abs(averaged(decoded, side) - averaged(images, side)).mean()
+            metrics["colour"] = jnp.abs(square_means(decoded, side) - square_means(images, side)).mean()
             total = total + self.colour_weight * metrics["colour"]
         if self.lpips:
             distance = networks[self.lpips_network](decoded, images).mean()
@@ -89,12 +90,6 @@ def random_crops(images: Float[Array, "b h w 3"], size: int, key: Array) -> Floa
         return jax.lax.dynamic_slice(image, (*corner, 0), (size, size, 3))
 
     return jax.vmap(cut)(images, corners)
-
-
-def averaged(images: Float[Array, "b h w c"], side: int) -> Float[Array, "b h//{side} w//{side} c"]:
-    """Means over squares of `side` pixels each way."""
-    b, h, w, c = images.shape
-    return images.reshape(b, h // side, side, w // side, side, c).mean((2, 4))
 
 
 def kl(posterior: Posterior) -> Array:
