@@ -13,6 +13,9 @@ from hi3d_jax.data.shards import write_records
 from hi3d_jax.pretrained import from_pretrained
 from hi3d_jax.stages.random_model import write_random_model
 from hi3d_jax.stages.recipe import Recipe
+from hi3d_jax.training.batches import training_batches, validation_batches
+from hi3d_jax.training.config import DataConfig, TrainConfig
+from hi3d_jax.training.tasks import AutoencoderTask
 
 NUM_VIEWS, SIZE = 4, 32
 
@@ -76,6 +79,11 @@ def test_cached_latents_and_tokens_are_what_the_networks_make_of_the_views(datas
     write_records(tmp_path / "other", [RecordFolder(dataset)[0]], {})
     with pytest.raises(RecordError, match=r"was not made from .*other"):
         open_batches(RecordFolder(tmp_path / "other"), config, seed=0, cache=held)
+    # A run whose records are cached validates on others, which are not.
+    folders = {"folder": dataset, "validation_folder": tmp_path / "other", "cache_folder": tmp_path / "cache"}
+    data = DataConfig(1, NUM_VIEWS, SIZE, arrays=cache_latents.NAMES, **{n: str(f) for n, f in folders.items()})
+    run = TrainConfig(task=AutoencoderTask(), data=data)
+    assert set(next(training_batches(run))) == set(next(validation_batches(run))) | set(cache_latents.NAMES)
 
 
 def test_stage_ones_orbits_become_stage_twos_input(dataset, model, tmp_path, monkeypatch):

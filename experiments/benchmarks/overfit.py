@@ -40,6 +40,7 @@ from hi3d_jax.data.record_folder import RecordFolder
 from hi3d_jax.training.config import CheckpointConfig, LogConfig, TrainConfig
 from hi3d_jax.training.export import export
 from hi3d_jax.training.loop import train
+from hi3d_jax.training.networks import found_in
 from hi3d_jax.training.program import TrainProgram
 from hi3d_jax.training.sharding import make_mesh
 from hi3d_jax.training.state import TrainState
@@ -49,12 +50,12 @@ from hi3d_jax.training.tasks.pictures import grid, psnr
 OBJECTS, NUM_VIEWS, SIZE, ELEVATION_DEG = 4, 16, 256, 20.0
 # Runs with the file of experiments/configs that they change, and their steps.
 RUNS = {
-    "autoencoder128": ("autoencoder_tiny", 1500),
-    "stage1": ("stage1_tiny", 3000),
-    "autoencoder256": ("autoencoder_tiny", 500),
+    "autoencoder128": ("autoencoder_tiny", 600),
+    "stage1": ("stage1_tiny", 1500),
+    "autoencoder256": ("autoencoder_tiny", 300),
     "depth": ("depth_tiny", 500),
-    "stage2": ("stage2_tiny", 1500),
-    "stage2_no_depth": ("stage2_tiny_no_depth", 1500),
+    "stage2": ("stage2_tiny", 800),
+    "stage2_no_depth": ("stage2_tiny_no_depth", 800),
 }
 LEARNING_RATE = 1e-3
 # Degraded videos of each object that stage 2 is asked to refine.
@@ -104,10 +105,11 @@ class Overfit:
         )
         if isinstance(config.task, StageTask):
             return self._stage(name, config)
-        if name == "autoencoder128":
-            config = dataclasses.replace(config, start=str(self.options.autoencoder or ""))
-        if name == "autoencoder256":
-            config = dataclasses.replace(config, start=str(self.model("autoencoder128")))
+        starts = {"autoencoder128": self.options.autoencoder, "autoencoder256": self.model("autoencoder128")}
+        if start := starts.get(name):
+            # What was measured of its latents goes with the weights.
+            sizes = found_in([start], "vae").config
+            config = dataclasses.replace(config, start=str(start), task=dataclasses.replace(config.task, vae=sizes))
         # Which views a batch has differs from step to step.
         return dataclasses.replace(config, data=dataclasses.replace(config.data, num_views=4))
 

@@ -23,21 +23,24 @@ WHOLE: Part = (0, 1)
 
 def training_batches(config: TrainConfig, part: Part = WHOLE) -> grain.DatasetIterator[Batch]:
     """An endless iterator over a part of every training batch. Raises `ValueError`, `RecordError`."""
-    return _open(config, config.data.folder, part, shuffle=True)
+    return _open(config, config.data, part, shuffle=True)
 
 
 def validation_batches(config: TrainConfig, part: Part = WHOLE) -> grain.DatasetIterator[Batch]:
     """The same for validation: always the same batches in the same order."""
-    return _open(config, config.data.validation_folder, part, shuffle=False)
+    # It is short and opened often: not worth starting processes for. What was made beforehand was made of the training
+    # records; held-out ones are encoded in the step, and degraded.
+    data = dataclasses.replace(config.data, folder=config.data.validation_folder, workers=0, stage1_folder="")
+    if data.cache_folder:
+        data = dataclasses.replace(data, cache_folder="", arrays=())
+    return _open(config, data, part, shuffle=False)
 
 
-def _open(config: TrainConfig, folder: str, part: Part, shuffle: bool) -> grain.DatasetIterator[Batch]:
-    # Validation is short and opened often: not worth starting processes for.
-    data = config.data if shuffle else dataclasses.replace(config.data, workers=0)
+def _open(config: TrainConfig, data: DataConfig, part: Part, shuffle: bool) -> grain.DatasetIterator[Batch]:
     return open_batches(
         RecordList([example_orbit(index, data) for index in range(EXAMPLE_ORBITS)])
-        if folder == EXAMPLE
-        else RecordFolder(folder),
+        if data.folder == EXAMPLE
+        else RecordFolder(data.folder),
         data,
         seed=config.seed,
         shuffle=shuffle,

@@ -92,7 +92,7 @@ class DataConfig(LoaderConfig):
 
     # Folder of records that render_dataset.py wrote; "example" is a built-in toy, made on the fly.
     folder: str = "example"
-    # Held-out records for validation; empty for none.
+    # Held-out records for validation, whose latents are never cached; empty for none.
     validation_folder: str = ""
     # Records with cached latents and image tokens (the names in `arrays`) of those in `folder`; empty for none.
     cache_folder: str = ""
