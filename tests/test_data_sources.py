@@ -205,6 +205,10 @@ def test_objects_with_bad_bytes_textures_or_geometry_are_refused(tmp_path):
         (tmp_path / f"{name}.glb").write_bytes(data)
         with pytest.raises(MeshError, match=message):
             load_object(tmp_path / f"{name}.glb")
+    # A line break in the first vertex: trimesh gives vertices of one coordinate.
+    (tmp_path / "broken.obj").write_text("v -0\n30901 1 2\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    with pytest.raises(MeshError, match="cannot be read as a mesh"):
+        load_object(tmp_path / "broken.obj")
     Image.new("RGB", (8, 8), GREEN).save(tmp_path / "beside.png")
     (tmp_path / "good.glb").write_bytes(glb_with(uri="beside.png"))
     np.testing.assert_allclose(load_object(tmp_path / "good.glb").texture[0, 0], [0, 1, 0])

@@ -51,12 +51,7 @@ def read_mesh(path: str | Path) -> Mesh:
     """
     path = Path(path)
     _check_file(path)
-    scene = _load_scene(path)
-    parts = []
-    for node in scene.graph.nodes_geometry:
-        transform, name = scene.graph[node]
-        if isinstance(scene.geometry[name], trimesh.Trimesh) and len(scene.geometry[name].faces):
-            parts.append(_part(scene.geometry[name], transform, path))
+    parts = _load_parts(path)
     if not parts:
         raise MeshError(f"{path} holds no triangles; export the object as triangles")
     num_faces = sum(len(part.mesh.faces) for part in parts)
@@ -76,10 +71,18 @@ def _check_file(path: Path) -> None:
     check_textures(path)
 
 
-def _load_scene(path: Path) -> trimesh.Scene:
+def _load_parts(path: Path) -> list[Part]:
+    """The triangles of every node of the file's scene."""
     try:
-        return trimesh.load_scene(path, process=False)
-    # A parser of files from anywhere raises anything; whatever it is, the file is what the user can change.
+        scene = trimesh.load_scene(path, process=False)
+        nodes = [scene.graph[node] for node in scene.graph.nodes_geometry]
+        meshes = [(scene.geometry[name], transform) for transform, name in nodes]
+        meshes = [(mesh, transform) for mesh, transform in meshes if isinstance(mesh, trimesh.Trimesh)]
+        return [_part(mesh, transform, path) for mesh, transform in meshes if len(mesh.faces)]
+    except MeshError:
+        raise
+    # A parser of files from anywhere raises anything, or makes arrays of any shape; whatever it is, the file is what
+    # the user can change.
     except Exception as error:
         raise MeshError(
             f"{path} cannot be read as a mesh ({type(error).__name__}: {error}); export it again"
