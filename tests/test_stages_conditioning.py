@@ -141,7 +141,8 @@ def pictures(count: int) -> np.ndarray:
 
 def test_stage_1_sees_the_picture_under_a_little_noise_and_the_encoder_sees_it_clean():
     model, image = Networks(recipe_of(1)), pictures(1)[0]
-    multiview.multiview(model, image, elevation_deg=20.0, seed=7, variant=2, num_steps=3, progress=False)
+    views = multiview.multiview(model, image, elevation_deg=20.0, seed=7, variant=2, num_steps=3, progress=False)
+    np.testing.assert_array_equal(views, [image, *np.zeros((VIEWS - 1, SIDE, SIDE, 3))])
     clean = to_network(image)[None]
     np.testing.assert_array_equal(model.seen["token"], clean)
     noise = model.seen["encoded"] - clean

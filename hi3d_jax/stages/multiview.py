@@ -47,4 +47,5 @@ def multiview(
     )
     noise = jax.random.normal(noise_key, model.programs["denoise_step"].inputs[0].shape)
     latents = model.sample(parts, noise, num_steps=num_steps, progress=progress, kept=kept, watch=watch)
-    return model.decode(latents, progress)
+    views = model.decode(latents, progress)
+    return np.concatenate([image[None], views[1:]]) if recipe.first_view_is_image else views

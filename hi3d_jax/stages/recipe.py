@@ -56,7 +56,7 @@ class Recipe:
     foreground_ratio: float | None = None
     # How pictures are brought to size: OpenCV's two-tap bilinear (aliases where it shrinks), or exact area means.
     resampling: Literal["bilinear", "area"] = "bilinear"
-    # Stage 2: the input image takes the place of the coarse view 0.
+    # The input image takes the place of the view 0 that stage 1 drew, for stage 2 as for whoever looks at the views.
     first_view_is_image: bool = True
 
     # What the added vector is made of, 256 numbers each, and what is concatenated behind the noisy latents.
