@@ -168,15 +168,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one per object; continued if it exists")
     parser.add_argument("--quality", default="draft", choices=("draft", "standard", "full"))
     parser.add_argument("--num-interpolated", type=int, default=16, help="M of the paper; 0: no splats")
+    parser.add_argument("--iterations", type=int, help="of the surface fit; default: by quality")
     parser.add_argument("--limit", type=int, default=None, help="only the first objects")
     arguments = parser.parse_args()
     keep_compiled_programs()
     config = ReconstructConfig.preset(arguments.quality, num_interpolated=arguments.num_interpolated)
+    if arguments.iterations is not None:
+        config = dataclasses.replace(config, neus=dataclasses.replace(config.neus, iterations=arguments.iterations))
+    settings = {"quality": arguments.quality, "num_interpolated": config.num_interpolated}
+    settings["iterations"] = config.neus.iterations
     rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
+    if any(row.get("settings") != settings for row in rows):
+        parser.error(f"{arguments.out} holds results of other settings than {settings}: name another file")
     for entry in entries_of(arguments.folder, arguments.split, arguments.ids)[: arguments.limit]:
         if any(row["id"] == entry["id"] for row in rows):
             continue
-        row = {"id": entry["id"], "truth_watertight": entry["watertight"]}
+        row = {"id": entry["id"], "settings": settings, "truth_watertight": entry["watertight"]}
         path = arguments.folder / entry["file"]
         row |= score_case(path, config) if path.is_dir() else score_object(path, config)
         rows.append(row)
