@@ -1,5 +1,6 @@
 """Configs: all are sound and survive JSON, the command line is strict and explains, another run's config is refused."""
 
+import ast
 import dataclasses
 import json
 import re
@@ -18,7 +19,10 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
 def test_every_config_is_sound_and_comes_back_from_json(name):
     config = load_config(name)
     assert config_from_dict(TrainConfig, json.loads(json.dumps(config_to_dict(config)))) == config
-    assert f"--config={name}" in (CONFIGS / f"{name}.py").read_text(), "its header must give the command"
+    header = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
+    for part in (f"--config={name}", "Hardware: ", "Expected: "):
+        assert part in header, "its header must give command, machine and result"
+    assert re.search(r"section \d|the paper's table \d", header), "its header must say what it reproduces"
 
 
 def test_full_size_configs_have_the_papers_numbers():

@@ -1,6 +1,11 @@
 """hi3d-tiny's autoencoder: latents of an eighth of the image's size, learnt from single views.
 
-Rombach et al. 2022, section 3.1, without a discriminator. A 128-pixel view becomes 16 x 16 x 4 numbers.
+Rombach et al. 2022, section 3.1, without a discriminator. A 128-pixel view becomes 16 x 16 x 4 numbers. (Hi3D takes
+Stable Video Diffusion's as it is: paper section 3.)
+
+Hardware: two CPU cores, 0.7 s a step of 16 views beside other work.
+Expected: views of 25 held-out objects come back at 26.6 dB PSNR after 6,134 steps, 1.2 hours (where the package's was
+ended, with the learning rate lowered by hand: hi3d_jax/weights/tiny/training_log.md).
 
     python experiments/train.py --config=autoencoder_tiny --data.folder=DATASET --data.validation_folder=DATASET2 \\
         --task.lpips=LPIPS_MODEL_FOLDER --folder=runs/autoencoder_tiny

@@ -1,7 +1,11 @@
 """hi3d-tiny's depth network: disparity of single views, learnt from rendered depths.
 
 MiDaS's loss (Ranftl et al. 2020) and DPT-hybrid's architecture (Ranftl et al. 2021) at small size. Views are 96 pixels
-wide: what the second stage shows it of its 256.
+wide: what the second stage shows it of its 256. It makes the depth condition of paper section 4.3, for which the paper
+takes a trained network as it is.
+
+Hardware: two CPU cores.
+Expected: not known yet; no run has been finished. Watch `validation` in metrics.jsonl.
 
     python experiments/train.py --config=depth_tiny --data.folder=DATASET --data.validation_folder=DATASET2
 """

@@ -1,8 +1,11 @@
 """Stage 1 as the paper trains it (section 4.2 and "Implementation Details"): 16 views of 512 x 512 pixels.
 
-80,000 steps of 16 orbits at 1e-5, from Stable Video Diffusion, about 3 days on eight A100 of 80 GB there. Where the
-paper is silent the released code decides (HI3D.md section 6), except for clipping. Expected: 24.26 dB PSNR on the
-paper's test set (its table 1). Not run here: it needs weights and machines that this project has not had.
+80,000 steps of 16 orbits at 1e-5, from Stable Video Diffusion. Where the paper is silent the released code decides
+(HI3D.md section 6), except for clipping.
+
+Hardware: about 3 days on eight A100 of 80 GB in the paper.
+Expected: 22.09 dB PSNR on the paper's test set without the second stage (its table 3), 24.26 dB with it (table 1). Not
+run here: it needs weights and machines that this project has not had.
 
 On TPU four chips of v5e hold a step of four orbits, and 64 a step of 64 (XLA's own count of bytes; see
 experiments/benchmarks/RESULTS.md). For more chips than orbits --mesh.views splits each orbit's views over chips: 16

@@ -1,7 +1,11 @@
 """Stage 1 as the released code trains it (HI3D.md section 6): whole-degree elevations, aesthetic score, no clipping.
 
-Eight GPUs of two orbits each; Lightning's scaling of the learning rate makes 1e-5 into 1.6e-4. fp16 there, bfloat16
-here. The data set must have been rendered at the six elevations of the recipe.
+The paper's stage 1 (section 4.2) with other choices. Lightning's scaling of the learning rate makes 1e-5 into 1.6e-4.
+fp16 there, bfloat16 here. The data set must have been rendered at the six elevations of the recipe.
+
+Hardware: eight GPUs of two orbits each there; for TPUs see stage1.
+Expected: a model like the released first_stage.pt, for which no number of its own is published; the paper has 22.09 dB
+for its stage 1 alone (table 3). Not run here.
 
     python converters/convert.py svd_xt_image_decoder.safetensors --init stage1 -o svd_stage1_official
     python experiments/train.py --config=stage1_official --start=svd_stage1_official \\

@@ -3,6 +3,10 @@
 Paper section 4.2 with the `paper` recipe at small size. The image encoder, a vision transformer of CLIP's architecture,
 learns with the U-Net.
 
+Hardware: two CPU cores, 1.2 s a step of four orbits with cached latents.
+Expected: views 1-15 of 25 held-out objects at 16.4 dB PSNR after 2,400 steps, one hour (the input copied sixteen times:
+15.8 dB); longer runs have still to be measured.
+
     python experiments/cache_latents.py DATASET -o CACHE --networks AUTOENCODER_FOLDER --size 128
     python experiments/train.py --config=stage1_tiny --task.networks AUTOENCODER_FOLDER --data.folder=DATASET \\
         --data.cache_folder=CACHE --data.arrays latents --data.validation_folder=DATASET2

@@ -1,6 +1,11 @@
 """Stage 2 as the released code trains it (HI3D.md section 6): 17 input channels, degraded views only.
 
-Eight GPUs of one orbit each; Lightning's scaling of the learning rate makes 1e-5 into 8e-5. fp16 there, bfloat16 here.
+The paper's stage 2 (section 4.3) with other choices. Lightning's scaling of the learning rate makes 1e-5 into 8e-5.
+fp16 there, bfloat16 here.
+
+Hardware: eight GPUs of one orbit each there; for TPUs see stage2.
+Expected: a model like the released second_stage.pt, for which no number of its own is published; the paper has 24.26 dB
+for both stages (table 1). Not run here.
 
     python converters/convert.py svd_xt_image_decoder.safetensors --init stage2 -o svd_stage2_official
     python experiments/train.py --config=stage2_official --start=svd_stage2_official \\

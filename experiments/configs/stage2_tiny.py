@@ -3,6 +3,10 @@
 Paper section 4.3 with the `paper` recipe at small size: the depth of the coarse views is a condition, and coarse views
 are degraded true ones, mixed with outputs of stage 1 where `data.stage1_folder` has some.
 
+Hardware: two CPU cores.
+Expected: not known yet; no run on many objects has been finished. What it can learn of four objects is measured by
+experiments/benchmarks/overfit.py.
+
     python experiments/train.py --config=stage2_tiny --task.networks STAGE1_FOLDER DEPTH_FOLDER --data.folder=DATASET \\
         --data.validation_folder=DATASET2
 """
