@@ -1,11 +1,13 @@
 """Whole runs of a tiny autoencoder on eight simulated devices: kills, SIGTERM, two processes, damage, full disks."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -14,15 +16,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 
 from experiments.train import load_config, main
 from hi3d_jax.pretrained import PretrainedError, from_pretrained, parameters
 from hi3d_jax.training import sharding
 from hi3d_jax.training.checkpoint import Checkpoints, read_checkpoint, steps_in
-from hi3d_jax.training.config import CheckpointConfig
+from hi3d_jax.training.config import CheckpointConfig, MeshConfig
 from hi3d_jax.training.export import Export, export
 from hi3d_jax.training.loop import TrainingStopped, watch_skipped
-from hi3d_jax.training.metric_writer import read_metrics
+from hi3d_jax.training.loop import load_config as stored_config
+from hi3d_jax.training.metric_writer import MetricWriter, read_metrics
 from hi3d_jax.training.program import TrainProgram
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +110,17 @@ def read(place: Path, name: str, step: int):
     return numbers, positions
 
 
+@contextlib.contextmanager
+def largest_file(size: int):
+    """No file may grow beyond so many bytes: to the writer, a full disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
 @pytest.fixture(scope="module")
 def reference(place):
     """A run that nothing disturbed."""
@@ -119,13 +135,14 @@ def test_a_run_that_is_killed_and_stopped_ends_bit_equal(place, reference):
     wait_for(process, lambda: any(path.name.startswith("3") for path in checkpoints.glob("*")))
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    reached = steps_in(checkpoints)
+    reached, half_written = steps_in(checkpoints), [path for path in checkpoints.glob("*") if not path.name.isdigit()]
     assert reached
     assert max(reached) < STEPS
     process = start(place, "killed")
     wait_for(process, lambda: max(steps_in(checkpoints)) > max(reached))
     process.send_signal(signal.SIGTERM)
     output = process.communicate()[0]
+    assert ("half written" in output) == bool(half_written)
     assert f"from step {max(reached)}" in output or f"from step {max(reached) + 1}" in output
     if process.returncode != 0:
         assert process.returncode == 128 + signal.SIGTERM
@@ -171,9 +188,10 @@ def test_damaged_checkpoints_are_passed_over_with_a_message(place, reference, tm
     state, _ = checkpoints.restore(made.state, made.state_shardings)
     checkpoints.close()
     assert int(state.step) == STEPS - 2
-    assert len(said) == 2
-    assert f"step {STEPS} is passed over: state/d/{data.name} is not as it was written" in said[0]
-    assert f"step {STEPS - 1} is passed over" in said[1]
+    assert len(said) == 3
+    assert f"step {STEPS + 1} is passed over: it was half written" in said[0]
+    assert f"step {STEPS} is passed over: state/d/{data.name} is not as it was written" in said[1]
+    assert f"step {STEPS - 1} is passed over" in said[2]
     assert (copy / f"damaged-{STEPS}").is_dir(), "nothing is deleted"
 
 
@@ -184,13 +202,8 @@ def test_a_full_disk_stops_no_training_and_spoils_no_checkpoint(place, reference
     later = [dataclasses.replace(state, step=state.step + number) for number in range(6)]
     assert checkpoints.save(later[0], position[0])
     assert checkpoints.wait()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        # No file may grow beyond 10 kB: to the writer, a full disk.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    with largest_file(10_000):
         written = checkpoints.save(later[1], position[0]) and checkpoints.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not written
     assert "could not be written" in said[0]
     assert "the checkpoint of step 4 stays" in said[0]
@@ -201,6 +214,79 @@ def test_a_full_disk_stops_no_training_and_spoils_no_checkpoint(place, reference
     assert steps_in(tmp_path / "checkpoints") == [7, 8, 9], "the two latest and the best"
     restored, _ = read_checkpoint(tmp_path / "checkpoints" / "7", made.state, made.state_shardings)
     jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
+
+
+def test_a_run_on_a_full_disk_goes_on_and_says_what_it_could_not_keep(place, reference, capsys):
+    command = arguments(place, "full", "--log.every_steps=1")
+    assert main([*command, "--steps=2"]) == 0
+    with largest_file(10_000):
+        assert main(command) == 1
+    output, errors = capsys.readouterr()
+    assert output.count("could not be written") == STEPS - 2, "every later checkpoint is tried"
+    assert "the checkpoint of step 2 stays" in output
+    assert f"step {STEPS} is reached, but its checkpoint could not be written: free space" in errors
+    assert max(read_metrics(place / "full")) == STEPS
+    assert main(command) == 0
+    one, other = read(place, "full", STEPS), read(place, "reference", STEPS)
+    jax.tree.map(np.testing.assert_array_equal, one[0], other[0])
+
+
+def events(folder: Path) -> dict[int, dict[str, float]]:
+    """What TensorBoard's files hold: by step and tag the number, or a picture's height."""
+    found = {}
+    for path in folder.iterdir():
+        data, at = path.read_bytes(), 0
+        # Length, checksum, event, checksum; a full disk leaves half of one at the end.
+        while len(data) >= at + 16 + (length := struct.unpack_from("<Q", data + bytes(8), at)[0]):
+            event, at = Event.FromString(data[at + 12 : at + 12 + length]), at + 16 + length
+            values = {value.tag: value.image.height or value.simple_value for value in event.summary.value}
+            found[event.step] = found.get(event.step, {}) | values
+    return found
+
+
+def test_metrics_that_cannot_be_written_are_left_out_and_later_ones_are_whole(tmp_path):
+    said, picture = [], np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    writer = MetricWriter(tmp_path, tensorboard=True, say=said.append)
+    writer.scalars(1, "train", {"loss": 0.5})
+    # The next line does not fit whole.
+    with largest_file((tmp_path / "metrics.jsonl").stat().st_size + 10):
+        for step in (2, 3):
+            writer.scalars(step, "train", {"loss": 0.4})
+            writer.picture(step, picture)
+    writer.scalars(4, "train", {"loss": np.nan})
+    writer.picture(4, picture)
+    writer.close()
+    names = [line.partition(" cannot be written")[0] for line in said]
+    assert names == [str(tmp_path / name) for name in ("metrics.jsonl", "tensorboard", "samples")]
+    assert list(read_metrics(tmp_path)) == [1, 4]
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["0000004.png"]
+    shown = {step: values for step, values in events(tmp_path / "tensorboard").items() if values}
+    assert {step: sorted(values) for step, values in shown.items()} == {1: ["train/loss"], 4: ["samples", "train/loss"]}
+    assert (shown[1]["train/loss"], shown[4]["samples"]) == (0.5, 8)
+
+
+def test_low_rank_updates_in_bfloat16_leave_all_else_as_it_was_and_can_be_watched(place):
+    watch = ["--log.every_steps=1", "--log.samples_every_steps=2", "--log.validate_every_steps=2"]
+    watch += ["--log.validation_batches=1", "--log.tensorboard=True", "--data.validation_folder=example"]
+    lora = ["--lora.rank=2", r"--lora.paths=.*\.to_(q|k|v|out)\.kernel", "--precision=bfloat16"]
+    assert main(arguments(place, "lora", "--steps=2", *lora, *watch)) == 0
+    shown = events(place / "lora" / "tensorboard")[2]
+    pace = [f"train/{name}" for name in ("seconds_per_step", "examples_per_second", "flops_per_second")]
+    assert {"train/loss", "train/gradient_norm", "train/learning_rate", "validation/loss", *pace} <= set(shown)
+    # Four held-out examples of 8 pixels: true above, made below.
+    with Image.open(place / "lora" / "samples" / "0000002.png") as picture:
+        assert picture.size == (32, 16)
+    assert shown["samples"] == 16
+    made = TrainProgram(stored_config(place / "lora"), sharding.make_mesh(MeshConfig()))
+    state, frozen = made.initial_state()
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema, frozen))} == {np.dtype(np.float32)}
+    batch = {"views": np.zeros((8, 1, 8, 8, 4), np.uint8)}
+    assert "bf16" in str(jax.make_jaxpr(made.loss)(state.params, frozen, batch, state.key))
+    export(place / "lora", place / "adapted", Export(num_batches=1))
+    vae = dict(parameters(from_pretrained(place / "adapted", "vae")))
+    changed = {path for path, value in vae.items() if not np.array_equal(value, frozen["vae"][path])}
+    assert changed == {path.removesuffix(".lora_up") for path in state.params["vae"] if path.endswith("_up")}
+    assert len(changed) == 8
 
 
 def test_what_was_learnt_leaves_as_a_model_folder(place, reference):

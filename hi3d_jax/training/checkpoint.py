@@ -38,6 +38,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: CheckpointConfig, say: Callable[[str], None]):
         self._folder, self._say = folder.resolve(), say
+        # Orbax deletes them, without a word.
+        for half in sorted(self._folder.glob("*.orbax-checkpoint-tmp*")):
+            step = half.name.partition(".")[0]
+            say(f"the checkpoint of step {step} is passed over: it was half written when the run ended")
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(config.keep)]
         if config.keep_best:
@@ -69,8 +73,9 @@ class Checkpoints:
         if step in self.steps():
             return True
         contents = {"state": _named(state), "data": {"processes": _of_all_processes(data_state)}}
+        # What became of the one before must not keep this one from being tried.
+        self.wait()
         try:
-            self._finish()
             numbers = dict(metrics or {}) or None
             response = self._saver.save_checkpointables_async(step, contents, force=True, metrics=numbers)
             self._summed = self._summing.submit(self._sum_up, response, self._folder / str(step))

@@ -105,7 +105,7 @@ class Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, say)
         self.data = batches.training_batches(config, self.program.reading_part)
         self.state, self.frozen = self._begin()
-        self.writer = MetricWriter(folder, tensorboard=config.log.tensorboard, active=jax.process_index() == 0)
+        self.writer = MetricWriter(folder, tensorboard=config.log.tensorboard, active=jax.process_index() == 0, say=say)
         self.validation_loss: float | None = None
 
     def _begin(self) -> tuple[TrainState, Any]:
@@ -156,6 +156,7 @@ class Run:
                     self._save(step, position, signals.stopped())
             if pending is not None:
                 watch_skipped(*pending, config.guard.max_skipped)
+            self._check_last(step)
         finally:
             self.checkpoints.close()
             self.writer.close()
@@ -180,14 +181,26 @@ class Run:
 
     def _save(self, step: int, position: Any, stopped: int) -> None:
         """A checkpoint where one is due; ends the run where a signal asks for it."""
+        begun = False
         if stopped or self._due(step, self.config.checkpoint.every_steps):
             metrics = {} if self.validation_loss is None else {VALIDATION_LOSS: self.validation_loss}
-            self.checkpoints.save(self.state, position, metrics)
+            begun = self.checkpoints.save(self.state, position, metrics)
+            # A loss belongs to the first checkpoint after it: the best one must not be weights that nobody measured.
+            self.validation_loss = None
         if stopped and step < self.config.steps:
-            saved = self.checkpoints.wait()
+            saved = begun and self.checkpoints.wait()
             ending = "is saved; the same command continues it" if saved else "could not be saved"
             say(f"{self.folder} was asked to stop: step {step} {ending}")
             raise Preempted(128 + stopped)
+
+    def _check_last(self, step: int) -> None:
+        """Raises `TrainingStopped` where the last step is done but not on disk."""
+        self.checkpoints.wait()
+        if self.config.checkpoint.every_steps and step not in self.checkpoints.steps():
+            raise TrainingStopped(
+                f"step {step} is reached, but its checkpoint could not be written: free space in {self.folder} and "
+                "give the same command, which goes on from the last good one"
+            )
 
     def _draw(self, step: int, batch: Any) -> None:
         """What the model makes of a few examples: held-out ones, where there are some."""
