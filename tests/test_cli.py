@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -309,6 +310,15 @@ def test_a_rendered_orbit_is_one_that_can_be_read(tmp_path, capsys):
     assert (code, "not empty" in stderr) == (2, True)
 
 
+def test_an_archived_object_is_rendered_from_where_one_likes(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "cube.zip", "w") as archive:
+        archive.writestr("inner/cube.obj", CUBE)
+    argv = ["render", tmp_path / "cube.zip", "-o", tmp_path / "orbit", "--size", "48", "--num-views", "3"]
+    assert run(capsys, *argv, "--azimuth-deg", "30")[0] == 0
+    expected = cameras.orbit([30.0, 150.0, 270.0], 20.0, width=48)
+    np.testing.assert_allclose(video.read_orbit(tmp_path / "orbit").cameras.c2w, expected.c2w, atol=1e-5)
+
+
 def test_the_example_object_needs_no_file(tmp_path, capsys, monkeypatch):
     (tmp_path / "cube.obj").write_text(CUBE)
     cube = data.load_object(tmp_path / "cube.obj")
@@ -319,7 +329,9 @@ def test_the_example_object_needs_no_file(tmp_path, capsys, monkeypatch):
 
 def test_render_refuses_what_it_cannot_draw(tmp_path, capsys):
     (tmp_path / "text.glb").write_text("hello")
-    for argv in (["text.glb"], ["missing.obj"], ["text.glb", "--size", "1"], ["text.glb", "--num-views", "0"]):
+    (tmp_path / "no_scan").mkdir()
+    files = (["text.glb"], ["missing.obj"], ["no_scan"], ["missing.zip"])
+    for argv in (*files, ["text.glb", "--size", "1"], ["text.glb", "--num-views", "0"]):
         code, stderr = run(capsys, "render", tmp_path / argv[0], "-o", tmp_path / "out", *argv[1:])
         assert (code, stderr.count("\n")) == (2, 1), stderr
 

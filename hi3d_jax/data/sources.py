@@ -193,7 +193,9 @@ def opened_asset(asset: Asset) -> Iterator[Path]:
 
 
 def _staged_scan(scan: Path, folder: Path) -> Path:
-    """A Google scan with its textures beside the OBJ, where its material file looks for them."""
+    """A Google scan with its textures beside the OBJ, where its material file looks for them. Raises `MeshError`."""
+    if not (scan / "meshes" / "model.obj").is_file():
+        raise MeshError(f"{scan} has no meshes/model.obj, as a scan does; give the file of one object")
     for file in [*(scan / "meshes").iterdir(), *(scan / "materials" / "textures").glob("*")]:
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
