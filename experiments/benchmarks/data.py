@@ -2,11 +2,13 @@
 
     python experiments/benchmarks/data.py [--quick] [--dataset FOLDER]
     python experiments/benchmarks/data.py --dataset FOLDER --train autoencoder_tiny
+    python experiments/benchmarks/data.py --dataset FOLDER --train stage1_tiny --task.networks AUTOENCODER_FOLDER
 
 Without a data set of yours, the built-in rocket is rendered into a temporary one (a busy texture over much of the
 view: a hard case for the compression). An example is one orbit of 16 views. CPU seconds are those of one thread;
-processes multiply the rate (LoaderConfig.workers). With --train, the steps of a config of experiments/configs are
-timed with the pipeline and with one batch again and again. Prints markdown tables.
+processes multiply the rate (LoaderConfig.workers). With --train, the steps of a config of experiments/configs, whose
+fields can be changed as for experiments/train.py, are timed with the pipeline and with one batch again and again.
+Prints markdown tables.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from experiments.train import load_config
+from experiments import train
 from hi3d_jax import images
 from hi3d_jax.data import example_mesh, render_orbit
 from hi3d_jax.data.degrade import Degradation
@@ -135,15 +137,19 @@ def time_training(config: TrainConfig, rounds: int, steps: int) -> None:
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
     parser.add_argument("--dataset", type=Path, help="a data set of render_dataset.py, read at its own size")
     parser.add_argument("--train", metavar="CONFIG", help="time this config's training on --dataset instead")
-    arguments = parser.parse_args()
+    arguments, changes = parser.parse_known_args()
+    if changes and not arguments.train:
+        parser.error(f"{changes[0]} is unknown; fields of a config can be changed with --train")
     print(f"{platform.processor() or platform.machine()}, numpy {np.__version__}")
     repeats = 3 if arguments.quick else 8
     if arguments.train:
-        config = load_config(arguments.train)
+        config, _ = train.parse([f"--config={arguments.train}", *changes])
         data = dataclasses.replace(config.data, folder=str(arguments.dataset or config.data.folder))
         time_training(dataclasses.replace(config, data=data), rounds=3 if arguments.quick else 7, steps=8)
         return
