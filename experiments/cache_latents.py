@@ -1,10 +1,12 @@
 """Caches what frozen networks make of a data set's views, so that a U-Net's training need not run them every step.
 
-    python experiments/cache_latents.py train256 -o train256_latents --networks hi3d-tiny/stage1 --size 128
-    python experiments/train.py --config=stage1 --data.folder=train256 --data.cache-folder=train256_latents
+    python experiments/cache_latents.py train256 -o train256_latents --networks autoencoder_tiny --size 128
+    python experiments/train.py --config=stage1_tiny --task.networks autoencoder_tiny --data.folder=train256 \\
+        --data.cache-folder=train256_latents --data.arrays latents
 
 For every view over white: `latents`, the mean of the autoencoder's posterior, unscaled, and `image_tokens`, the image
-encoder's embedding, both float16. Run the same command again to go on after an interruption.
+encoder's embedding, both float16; `data.arrays` names those that a training takes. Run the same command again to go on
+after an interruption.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Generates stage 1's orbits for the records of a data set: what stage 2 learns to refine (paper section 4.3).
 
-    python experiments/generate_coarse.py train256 -o train256_coarse --model hi3d-tiny/stage1 --starts 2
-    python experiments/train.py --config=stage2 --data.folder=train256 --data.stage1-folder=train256_coarse
+    python experiments/generate_coarse.py train256 -o train256_coarse --model models/tiny/stage1 --starts 2
+    python experiments/train.py --config=stage2_tiny --task.networks models/tiny/stage1 DEPTH_FOLDER \\
+        --data.folder=train256 --data.stage1-folder=train256_coarse
 
 From each orbit some views are drawn as input images; an output record holds the generated views under the key
 KEY@START, where START is the number of the input view. Run the same command again to go on after an interruption.

@@ -162,6 +162,8 @@ def test_cached_arrays_replace_views(orbits):
     assert set(batch) == {"elevation_deg", "keys", "latents"}
     expected = (batch["latents"][:, :1] % 10 + np.arange(6)) % 6 + 10 * batch["elevation_deg"][:, None]
     np.testing.assert_array_equal(batch["latents"], expected)
+    with pytest.raises(ValueError, match="nothing of the cache is asked for"):
+        open_batches(orbits, small(), seed=0, cache=cache)
     partial = RecordList([cache[0]])
     with pytest.raises(RecordError, match="cache has nothing for record thing"):
         take(open_batches(orbits, small(arrays=("latents",)), seed=0, cache=partial), 3)

@@ -111,6 +111,8 @@ def open_batches(
     view START of the orbit KEY and beginning there. Raises `ValueError` and, while iterating, `RecordError`.
     """
     config.check()
+    if cache is not None and not config.arrays:
+        raise ValueError("nothing of the cache is asked for; name its arrays: data.arrays latents image_tokens")
     _check_companions(orbits, config, cache, stage1)
     if config.batch_size % process_count:
         raise ValueError(f"a batch of {config.batch_size} does not divide by {process_count} processes: change it")

@@ -134,11 +134,11 @@ class Run:
             smoothing=0.05,
             mininterval=1,
         )
-        pending = None
+        pending, position = None, None
         try:
             with Signals() as signals, bar:
                 while step < config.steps:
-                    batch = self.program.place_batch(next(self.data))
+                    batch = self.program.place_batch(self._read(position))
                     position = self.data.get_state()
                     self.state, metrics = self.program.step(self.state, self.frozen, batch)
                     step += 1
@@ -161,6 +161,16 @@ class Run:
             self.checkpoints.close()
             self.writer.close()
         return self.state
+
+    def _read(self, position: Any) -> Mapping[str, np.ndarray]:
+        """The next batch; before data that cannot be read end the run, what was learnt up to `position` is saved."""
+        try:
+            return next(self.data)
+        except (ValueError, OSError):
+            # Other processes may read on, and would have no part in it.
+            if position is not None and jax.process_count() == 1:
+                self.checkpoints.save(self.state, position)
+            raise
 
     def _log(self, step: int, metrics: Mapping[str, Any], pace: Mapping[str, float]) -> float:
         """Writes a step's metrics down and returns its loss."""
