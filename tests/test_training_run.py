@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -19,15 +20,20 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from experiments.train import load_config, main
+from experiments.export import main as export_command
+from experiments.train import load_config, main, parse
+from hi3d_jax.data.records import encode
+from hi3d_jax.data.shards import write_records
 from hi3d_jax.pretrained import PretrainedError, from_pretrained, parameters
 from hi3d_jax.training import sharding
+from hi3d_jax.training.batches import example_orbit, training_batches
 from hi3d_jax.training.checkpoint import Checkpoints, read_checkpoint, steps_in
 from hi3d_jax.training.config import CheckpointConfig, MeshConfig
 from hi3d_jax.training.export import Export, export
 from hi3d_jax.training.loop import TrainingStopped, watch_skipped
 from hi3d_jax.training.loop import load_config as stored_config
 from hi3d_jax.training.metric_writer import MetricWriter, read_metrics
+from hi3d_jax.training.pace import PEAKS
 from hi3d_jax.training.program import TrainProgram
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -231,6 +237,27 @@ def test_a_run_on_a_full_disk_goes_on_and_says_what_it_could_not_keep(place, ref
     jax.tree.map(np.testing.assert_array_equal, one[0], other[0])
 
 
+def test_a_damaged_record_ends_a_run_that_goes_on_from_there_when_it_is_mended(place, reference, capsys):
+    data = load_config(str(place / "tiny.py")).data
+    orbits = [example_orbit(number, data) for number in range(32)]
+    write_records(place / "set", orbits, {}, per_shard=32)
+    command = arguments(place, "spoilt", f"--data.folder={place / 'set'}", "--checkpoint.every_steps=100")
+    batches = training_batches(parse(command)[0])
+    key = [next(batches) for _ in range(3)][2]["keys"][0]
+    path = place / "set" / "shards" / "00000.array_record"
+    sound = path.read_bytes()
+    bytes_of_record = encode(next(orbit for orbit in orbits if orbit.key == key))
+    flipped = bytearray(sound)
+    flipped[sound.index(bytes_of_record) + len(bytes_of_record) // 2] ^= 1
+    path.write_bytes(flipped)
+    assert main(command) == 1
+    assert re.search(rf"error: record \d+ \({key}\) of {path}.* is damaged", capsys.readouterr().err)
+    assert steps_in(place / "spoilt" / "checkpoints") == [2]
+    path.write_bytes(sound)
+    assert main(command) == 0
+    assert "from step 2" in capsys.readouterr().out
+
+
 def events(folder: Path) -> dict[int, dict[str, float]]:
     """What TensorBoard's files hold: by step and tag the number, or a picture's height."""
     found = {}
@@ -265,7 +292,9 @@ def test_metrics_that_cannot_be_written_are_left_out_and_later_ones_are_whole(tm
     assert (shown[1]["train/loss"], shown[4]["samples"]) == (0.5, 8)
 
 
-def test_low_rank_updates_in_bfloat16_leave_all_else_as_it_was_and_can_be_watched(place):
+def test_low_rank_updates_in_bfloat16_leave_all_else_as_it_was_and_can_be_watched(place, monkeypatch, capsys):
+    # As if the eight devices had data sheets.
+    monkeypatch.setitem(PEAKS, "cpu", 1e9)
     watch = ["--log.every_steps=1", "--log.samples_every_steps=2", "--log.validate_every_steps=2"]
     watch += ["--log.validation_batches=1", "--log.tensorboard=True", "--data.validation_folder=example"]
     lora = ["--lora.rank=2", r"--lora.paths=.*\.to_(q|k|v|out)\.kernel", "--precision=bfloat16"]
@@ -273,6 +302,7 @@ def test_low_rank_updates_in_bfloat16_leave_all_else_as_it_was_and_can_be_watche
     shown = events(place / "lora" / "tensorboard")[2]
     pace = [f"train/{name}" for name in ("seconds_per_step", "examples_per_second", "flops_per_second")]
     assert {"train/loss", "train/gradient_norm", "train/learning_rate", "validation/loss", *pace} <= set(shown)
+    assert shown["train/mfu"] == pytest.approx(shown["train/flops_per_second"] / 8e9)
     # Four held-out examples of 8 pixels: true above, made below.
     with Image.open(place / "lora" / "samples" / "0000002.png") as picture:
         assert picture.size == (32, 16)
@@ -282,7 +312,9 @@ def test_low_rank_updates_in_bfloat16_leave_all_else_as_it_was_and_can_be_watche
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema, frozen))} == {np.dtype(np.float32)}
     batch = {"views": np.zeros((8, 1, 8, 8, 4), np.uint8)}
     assert "bf16" in str(jax.make_jaxpr(made.loss)(state.params, frozen, batch, state.key))
-    export(place / "lora", place / "adapted", Export(num_batches=1))
+    command = [str(place / "lora"), "-o", str(place / "adapted"), "--batches", "1"]
+    assert (export_command(command), export_command(command)) == (0, 1)
+    assert "exists already" in capsys.readouterr().err
     vae = dict(parameters(from_pretrained(place / "adapted", "vae")))
     changed = {path for path, value in vae.items() if not np.array_equal(value, frozen["vae"][path])}
     assert changed == {path.removesuffix(".lora_up") for path in state.params["vae"] if path.endswith("_up")}
