@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{devices} device(s), kill {number + 1}: {where}", flush=True)
             finish(killed, options.steps, devices)
             (numbers, position), (others, other) = (contents(run, options.steps) for run in (killed, undisturbed))
-            same = position == other and all(map(np.array_equal, numbers, others))
+            same = position == other and len(numbers) == len(others) and all(map(np.array_equal, numbers, others))
             print(f"{devices} device(s): {len(numbers)} arrays " + ("bit-equal" if same else "NOT equal"), flush=True)
             equal &= same
     return 0 if equal else 1
