@@ -96,7 +96,7 @@ def test_a_step_is_the_same_on_every_mesh():
             jax.tree.map(compare, getattr(state, name), getattr(expected, name))
     state = others[2][0]
     split = state.params["middle"]["mid_block.resnets.0.spatial_res_block.conv1.kernel"]
-    assert split.addressable_shards[0].data.shape == (3, 3, 8, 16), "inputs over fsdp and views"
+    assert split.addressable_shards[0].data.shape == (3, 3, 4, 32), "inputs over fsdp, tensor and views"
     state = others[1][0]
     split = state.params["middle"]["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.kernel"]
     assert split.sharding.spec == P("fsdp", "tensor")
@@ -104,6 +104,32 @@ def test_a_step_is_the_same_on_every_mesh():
     large = [leaf for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema)) if leaf.size > 1000]
     assert len(large) > 60
     assert not any(leaf.sharding.is_fully_replicated for leaf in large), "moments and average follow their parameter"
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 2, 2)])
+def test_gradients_pass_convolutions_wherever_their_kernels_live(shape):
+    """XLA has got this wrong for kernels split by inputs and outputs: by more than the gradients themselves."""
+    mesh = sharding.make_mesh(MeshConfig(*shape))
+
+    def loss(x, kernels, wanted):
+        for kernel in kernels:
+            x = jax.lax.conv_general_dilated(
+                nnx.silu(x), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        return ((x - wanted) ** 2).mean()
+
+    rng = np.random.default_rng(0)
+    pictures = rng.normal(size=(2, 16, 4, 4, 64)).astype(np.float32)
+    kernels = (rng.normal(size=(2, 3, 3, 64, 64)) / 24).astype(np.float32)
+    rows = sharding.NamedSharding(mesh, P(sharding.ROWS))
+    place = sharding.parameter_sharding(mesh, "resnets.0.conv1.kernel", kernels.shape[1:])
+    gradient = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(rows, place))
+    made = gradient(
+        jax.device_put(pictures[0], rows), tuple(jax.device_put(kernel, place) for kernel in kernels), pictures[1]
+    )
+    expected = jax.grad(loss, (0, 1))(pictures[0], tuple(kernels), pictures[1])
+    for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(np.abs(other).max()))
 
 
 def test_what_does_not_divide_is_named():
@@ -116,7 +142,7 @@ def test_what_does_not_divide_is_named():
     with pytest.raises(ValueError, match=r"6 examples does not divide by mesh.data x mesh.fsdp = 4"):
         sharding.batch_shardings(mesh, {"views": np.zeros((6, 2))})
     mesh = sharding.make_mesh(MeshConfig(1, 2, 1, 4))
-    with pytest.raises(ValueError, match=rf"{path} \(3, 3, 30, 32\): .* by mesh.fsdp=2 x mesh.views=4"):
+    with pytest.raises(ValueError, match=rf"{path} \(3, 3, 30, 32\): .* by mesh.fsdp=2 x mesh.tensor=1 x mesh.views=4"):
         sharding.parameter_sharding(mesh, path, (3, 3, 30, 32))
     with pytest.raises(ValueError, match=r"6 views do not divide by mesh.views=4"):
         sharding.batch_shardings(mesh, {"views": np.zeros((2, 6, 1))})
@@ -138,7 +164,7 @@ def test_processes_that_share_examples_read_the_same_part():
     ("path", "ndim", "expected"),
     [
         ("conv_in.kernel", 4, P(None, None, None, "fsdp")),
-        ("up_blocks.1.resnets.0.temporal_res_block.conv1.kernel", 5, P(None, None, None, "fsdp", "tensor")),
+        ("up_blocks.1.resnets.0.temporal_res_block.conv1.kernel", 5, P(None, None, None, ("fsdp", "tensor"), None)),
         ("mid_block.attentions.0.transformer_blocks.0.ff.proj_out.kernel", 2, P("tensor", "fsdp")),
         ("layers.attention.to_q.kernel", 3, P(None, "fsdp", "tensor")),
         ("add_embedding.linear_2.bias", 1, P(None)),

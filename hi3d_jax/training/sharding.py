@@ -27,7 +27,7 @@ ROWS = ("data", "fsdp")
 
 # The first regex that matches a dotted path in full decides how its last axes are split; kernels end in (inputs,
 # outputs), convolutions' other axes and stacks of layers come before and stay whole.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+RULES: tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...] = (
     # Few inputs (latents and conditions: 8 or 17 channels; pixels: 3) or outputs (4 or 3; one disparity).
     (r"(.*\.)?conv_in\.kernel", (None, "fsdp")),
     (r"(.*\.)?conv_out\.kernel", ("fsdp", None)),
@@ -38,8 +38,10 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r".*\.(to_out|proj_out|linear_2|fc2)\.kernel", ("tensor", "fsdp")),
     (r".*\.lora_down", ("fsdp", None)),
     (r".*\.lora_up", (None, "fsdp")),
-    # Convolutions over pixels and over views, and other linear layers.
-    (r".*\.kernel", ("fsdp", "tensor")),
+    # Convolutions over pixels and over views, and other linear layers: only by their inputs. With outputs over `tensor`
+    # and inputs over `fsdp`, XLA (jax 0.10.2) computes wrong gradients of a convolution's input on meshes that have
+    # data, fsdp and tensor.
+    (r".*\.kernel", (("fsdp", "tensor"), None)),
     # Biases, norms, mix factors, class and position embeddings: small.
     (r".*", ()),
 )
@@ -70,9 +72,7 @@ def parameter_spec(path: str, ndim: int) -> P:
 
 def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     """Where a parameter lives. Raises `ValueError` naming it where a dimension does not divide."""
-    # Devices that hold other views of the same orbits hold other parts of the parameters, too.
-    meant = {"fsdp": ("fsdp", "views") if mesh.shape["views"] > 1 else "fsdp"}
-    spec = P(*(meant.get(name, name) for name in parameter_spec(path, len(shape))))
+    spec = P(*(_mesh_axes(mesh, names) for names in parameter_spec(path, len(shape))))
     for axis, (size, names) in enumerate(zip(shape, spec, strict=False)):
         names = (names,) if isinstance(names, str) else names or ()
         if size % math.prod(mesh.shape[name] for name in names):
@@ -82,6 +82,14 @@ def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSh
                 "change the rule in training/sharding.py"
             )
     return NamedSharding(mesh, spec)
+
+
+def _mesh_axes(mesh: Mesh, names: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The axes of the mesh over which a rule's axes split."""
+    names = (names,) if isinstance(names, str) else names or ()
+    # Devices that hold other views of the same orbits hold other parts of the parameters, too.
+    views = ("views",) if "fsdp" in names and mesh.shape["views"] > 1 else ()
+    return (*names, *views) or None
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
