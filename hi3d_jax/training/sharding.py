@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
+from hi3d_jax.stages.devices import arranged
 from hi3d_jax.training.config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor", "views")
@@ -59,9 +59,7 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
             f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor}, mesh.views={config.views} "
             f"do not arrange {len(devices)} devices: their product must be that (one may be -1: all that are left)"
         )
-    # `jax.make_mesh` would refuse 4 views on 8 x 8 chips, where an axis of the torus has to be shared.
-    placed = create_device_mesh(tuple(shape), devices, allow_split_physical_axes=True)
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 4)
+    return arranged(devices, tuple(shape), AXES)
 
 
 def parameter_spec(path: str, ndim: int) -> P:
@@ -72,24 +70,23 @@ def parameter_spec(path: str, ndim: int) -> P:
 
 def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     """Where a parameter lives. Raises `ValueError` naming it where a dimension does not divide."""
-    spec = P(*(_mesh_axes(mesh, names) for names in parameter_spec(path, len(shape))))
-    for axis, (size, names) in enumerate(zip(shape, spec, strict=False)):
-        names = (names,) if isinstance(names, str) else names or ()
+    split = [_mesh_axes(mesh, names) for names in parameter_spec(path, len(shape))]
+    for axis, (size, names) in enumerate(zip(shape, split, strict=False)):
         if size % math.prod(mesh.shape[name] for name in names):
             sizes = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
             raise ValueError(
                 f"{path} {shape}: its axis {axis} does not divide by {sizes}; choose sizes that divide {size}, or "
                 "change the rule in training/sharding.py"
             )
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, P(*(names or None for names in split)))
 
 
-def _mesh_axes(mesh: Mesh, names: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+def _mesh_axes(mesh: Mesh, names: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The axes of the mesh over which a rule's axes split."""
     names = (names,) if isinstance(names, str) else names or ()
     # Devices that hold other views of the same orbits hold other parts of the parameters, too.
     views = ("views",) if "fsdp" in names and mesh.shape["views"] > 1 else ()
-    return (*names, *views) or None
+    return (*names, *views)
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
