@@ -179,12 +179,7 @@ def autoencoder(overfit: Overfit, name: str) -> None:
 
 def stage1(overfit: Overfit, name: str) -> None:
     """Views 1 to 15 from view 0."""
-    config, state = overfit.run(name)
-    scores = {}
-    for label, sampled in samplings(overfit, config).items():
-        views, made = overfit.samples(sampled, state)
-        scores[label] = decibels(made, views)
-    overfit.note(name, {"psnr": max(scores.values()), "psnr_by_sampling": scores})
+    sample_stage(overfit, name, draws=1)
 
 
 def depth(overfit: Overfit, name: str) -> None:
@@ -195,14 +190,21 @@ def depth(overfit: Overfit, name: str) -> None:
 
 def stage2(overfit: Overfit, name: str) -> None:
     """Fine views from degraded ones, beside the degraded ones as they are and their bicubic enlargement."""
-    config, state = overfit.run(name)
-    scores = {}
-    for label, sampled in samplings(overfit, config).items():
-        views, coarse, made = overfit.samples(sampled, state, DRAWS)
-        scores[label] = decibels(made, views)
+    config, views, coarse = sample_stage(overfit, name, DRAWS)
     bicubic = [enlarged_again(video, config.data.coarse.degradation.shrink) for video in coarse]
-    given = {"coarse_psnr": decibels(coarse, views), "bicubic_psnr": decibels(bicubic, views)}
-    overfit.note(name, {**given, "psnr": max(scores.values()), "psnr_by_sampling": scores})
+    overfit.note(name, {"coarse_psnr": decibels(coarse, views), "bicubic_psnr": decibels(bicubic, views)})
+
+
+def sample_stage(overfit: Overfit, name: str, draws: int) -> tuple[TrainConfig, list[np.ndarray], list[np.ndarray]]:
+    """Trains a stage and scores what its samplings make; returns its config, the true views and stage 2's coarse."""
+    config, state = overfit.run(name)
+    scores, views, coarse = {}, [], []
+    for label, sampled in samplings(overfit, config).items():
+        # All see the same views, degraded alike.
+        views, *coarse, made = overfit.samples(sampled, state, draws)
+        scores[label] = decibels(made, views)
+    overfit.note(name, {"psnr": max(scores.values()), "psnr_by_sampling": scores})
+    return config, views, coarse[0] if coarse else []
 
 
 def samplings(overfit: Overfit, config: TrainConfig) -> dict[str, TrainConfig]:

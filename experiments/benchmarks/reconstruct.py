@@ -175,8 +175,11 @@ def main() -> None:
     config = ReconstructConfig.preset(arguments.quality, num_interpolated=arguments.num_interpolated)
     if arguments.iterations is not None:
         config = dataclasses.replace(config, neus=dataclasses.replace(config.neus, iterations=arguments.iterations))
-    settings = {"quality": arguments.quality, "num_interpolated": config.num_interpolated}
-    settings["iterations"] = config.neus.iterations
+    settings = {
+        "quality": arguments.quality,
+        "num_interpolated": config.num_interpolated,
+        "iterations": config.neus.iterations,
+    }
     rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     if any(row.get("settings") != settings for row in rows):
         parser.error(f"{arguments.out} holds results of other settings than {settings}: name another file")

@@ -82,7 +82,7 @@ def import_or_skip(name: str) -> ModuleType:
         _OPERATORS.append(torch.library.Library("torchvision", "DEF"))
         for operator in ("nms", "qnms"):
             _OPERATORS[-1].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return pytest.importorskip(name)
+    return pytest.importorskip(name, reason="needs the extra parity")
 
 
 def nchw(images) -> np.ndarray:
