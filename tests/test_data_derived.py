@@ -1,21 +1,23 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cache_latents, generate_coarse
+from experiments import cache_latents, encode_examples, generate_coarse
 from hi3d_jax.data.derived import derive
 from hi3d_jax.data.loader import CoarseConfig, LoaderConfig, open_batches, resized_views
 from hi3d_jax.data.record_folder import RecordFolder
 from hi3d_jax.data.records import OrbitRecord, RecordError
 from hi3d_jax.data.shards import write_records
 from hi3d_jax.pretrained import from_pretrained
-from hi3d_jax.stages.random_model import write_random_model
+from hi3d_jax.stages.conditioning import image_token
+from hi3d_jax.stages.random_model import IMAGE_ENCODER, random_networks, write_random_model
 from hi3d_jax.stages.recipe import Recipe
 from hi3d_jax.training.batches import training_batches, validation_batches
-from hi3d_jax.training.config import DataConfig, TrainConfig
-from hi3d_jax.training.tasks import AutoencoderTask
+from hi3d_jax.training.config import DataConfig, LogConfig, TrainConfig
+from hi3d_jax.training.tasks import AutoencoderTask, StageTask
 
 NUM_VIEWS, SIZE = 4, 32
 
@@ -108,3 +110,76 @@ def test_stage_ones_orbits_become_stage_twos_input(dataset, model, tmp_path, mon
     batch = next(open_batches(source, config, seed=0, stage1=coarse))
     np.testing.assert_array_equal(batch["coarse"][:, 0], batch["views"][:, 0, ..., :3])
     assert (batch["coarse"][:, 1:] == np.array([60, 120, 180])[:, None, None, None]).all()
+
+
+@pytest.fixture(scope="module")
+def encoded(dataset, tmp_path_factory):
+    """A run of stage 2 on pictures, the same run on three encoded examples of each orbit, and its networks."""
+    folder, recipe = tmp_path_factory.mktemp("encoded"), Recipe.paper(2)
+    recipe = dataclasses.replace(recipe, image_size=96, num_views=NUM_VIEWS)
+    write_random_model(folder / "model", recipe)
+    task = StageTask(recipe, random_networks(recipe)["unet"][1], (str(folder / "model"),))
+    data = DataConfig(1, NUM_VIEWS, 96, coarse=CoarseConfig(), read_threads=0, folder=str(dataset))
+    run = TrainConfig(task, data=data, log=LogConfig(samples_every_steps=0))
+    encode_examples.encode(run, folder / "examples", draws=3)
+    on_examples = dataclasses.replace(run, data=dataclasses.replace(data, folder=str(folder / "examples")))
+    names = ("vae", "image_encoder", "depth")
+    return run, on_examples, {name: from_pretrained(folder / "model", name) for name in names}
+
+
+def test_encoded_examples_are_draws_of_what_training_would_see(dataset, encoded):
+    _, on_examples, networks = encoded
+    records = RecordFolder(on_examples.data.folder)
+    assert [line["key"] for line in records.lines] == [f"o{n}/0@{draw}" for n in range(3) for draw in range(3)]
+    vae, strengths = networks["vae"], []
+    for index in range(len(records)):
+        record = records[index]
+        key = record.key.partition("@")[0]
+        assert record.views is None
+        assert record.elevation_deg == 10.0 * int(key[1])
+        # The true views, from some view on.
+        true = RecordFolder(dataset)[int(key[1])]
+        views = resized_views(true.views, 96)[..., :3].astype(np.float32) / 127.5 - 1
+        latents = np.asarray(vae.encode(jnp.asarray(views)).mean)
+        distances = [np.abs(np.roll(latents, -start, axis=0) - record.arrays["latents"]).max() for start in range(4)]
+        start = int(np.argmin(distances))
+        assert distances[start] < 2e-3
+        assert sorted(distances)[1] > 10 * distances[start]
+        # View 0 is not degraded, only noisy as cond_aug says; the others are degraded.
+        (strength,) = set(record.arrays["cond_aug"].tolist())
+        apart = np.abs(record.arrays["coarse_latents"] - record.arrays["latents"]).mean(axis=(1, 2, 3))
+        assert apart[0] < apart[1:].min() or strength > 0.1
+        token = image_token(networks["image_encoder"], jnp.asarray(views[start : start + 1]))
+        np.testing.assert_allclose(record.arrays["image_tokens"], np.tile(token, (NUM_VIEWS, 1)), atol=2e-3)
+        strengths.append(strength)
+    assert len(set(strengths)) == len(records), "every draw is another"
+
+
+def test_a_step_on_encoded_examples_has_the_conditions_of_one_on_pictures(encoded):
+    run, on_examples, networks = encoded
+    pictures = {name: jnp.asarray(value) for name, value in next(training_batches(run)).items() if name != "keys"}
+    key, task = jax.random.key(3), run.task
+    stored = {name: value.astype(np.float16) for name, value in task.encoded(networks, pictures, key).items()}
+    batch = next(training_batches(on_examples))
+    assert set(batch) == {"keys", "elevation_deg", *stored}
+    assert {name: batch[name].shape for name in stored} == {name: stored[name].shape for name in stored}
+    elevation = {"elevation_deg": pictures["elevation_deg"]}
+    parts = task._condition_parts(networks, pictures, key)
+    for made, wanted in zip(task._condition_parts({}, stored | elevation, key), parts, strict=True):
+        if wanted is not None:
+            np.testing.assert_allclose(made, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_encoded_examples_that_do_not_fit_a_run_are_refused(encoded):
+    run, on_examples, _ = encoded
+    larger = dataclasses.replace(on_examples.data, image_size=192)
+    with pytest.raises(ValueError, match="encoded from views of 96 pixels, not 192"):
+        training_batches(dataclasses.replace(on_examples, data=larger))
+    with pytest.raises(ValueError, match=r"set data.validation_folder, or log.samples_every_steps=0"):
+        training_batches(dataclasses.replace(on_examples, log=LogConfig()))
+    with pytest.raises(ValueError, match="encoded examples of stage 2, which this task cannot learn"):
+        training_batches(dataclasses.replace(on_examples, task=AutoencoderTask()))
+    learns = dataclasses.replace(run.task, image_encoder=IMAGE_ENCODER)
+    for task in (learns, StageTask(Recipe.paper(1), run.task.unet)):
+        with pytest.raises(ValueError, match=r"only stage 2's examples .* set data.folder to the rendered data set"):
+            task.encoded_arrays()

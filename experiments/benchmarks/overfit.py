@@ -33,7 +33,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from experiments import cache_latents, render_dataset
+from experiments import cache_latents, encode_examples, render_dataset
 from experiments.train import load_config
 from hi3d_jax.data.loader import open_batches
 from hi3d_jax.data.record_folder import RecordFolder
@@ -54,13 +54,15 @@ RUNS = {
     "stage1": ("stage1_tiny", 1500),
     "autoencoder256": ("autoencoder_tiny", 120),
     "depth": ("depth_tiny", 300),
-    "stage2": ("stage2_tiny", 2000),
-    "stage2_no_depth": ("stage2_tiny_no_depth", 2000),
+    "stage2": ("stage2_tiny", 2500),
+    "stage2_no_depth": ("stage2_tiny_no_depth", 2500),
 }
 LEARNING_RATE = 1e-3
 # Besides the config's own sampling, that with so many steps and no guidance is tried, by stage, and the best counts:
 # the tiny configs' steps fit what hi3d-tiny has learnt, not networks that know four objects or hardly know anything.
-SAMPLING_STEPS = {1: (6, 10), 2: (2, 4)}
+SAMPLING_STEPS = {1: (6, 10), 2: (2, 4, 6)}
+# Degraded videos of each object that stage 2 learns from, encoded beforehand: that is most of a step's time.
+EXAMPLES = 100
 # Degraded videos of each object that stage 2 is asked to refine.
 DRAWS = 2
 
@@ -118,21 +120,30 @@ class Overfit:
 
     def _stage(self, name: str, config: TrainConfig) -> TrainConfig:
         """With the networks of the other runs, and cached latents."""
-        size, networks = config.data.image_size, [self.model(f"autoencoder{config.data.image_size}")]
-        data = {"cache_folder": str(self.folder / f"latents{size}"), "arrays": ("latents",)}
-        if config.task.recipe.stage == 2:
+        networks = [self.model(f"autoencoder{config.data.image_size}")]
+        if config.task.recipe.stage == 1:
+            data = {"cache_folder": str(self.folder / "latents"), "arrays": ("latents",)}
+        else:
             networks += [self.model("stage1"), self.options.depth or self.model("depth")]
             # A video of stage 2 has as many pixels as four of stage 1.
-            data["batch_size"] = OBJECTS // 2
+            data = {"folder": str(self.folder / "examples"), "batch_size": OBJECTS // 2}
         recipe = config.task.recipe
         recipe = dataclasses.replace(recipe, num_steps=2) if self.options.quick else recipe
         task = dataclasses.replace(config.task, networks=tuple(map(str, networks)), recipe=recipe)
         return dataclasses.replace(config, task=task, data=dataclasses.replace(config.data, **data))
 
-    def cache(self, size: int) -> None:
+    def cache(self, config: TrainConfig) -> None:
         """The latents of the true views, which no step has to make again."""
-        model, output = str(self.model(f"autoencoder{size}")), self.folder / f"latents{size}"
+        size = config.data.image_size
+        model, output = str(self.model(f"autoencoder{size}")), Path(config.data.cache_folder)
         cache_latents.cache(cache_latents.Arguments(self.orbits, output, model, size=size))
+
+    def encode(self) -> None:
+        """Examples of stage 2, with depths: those of both its runs."""
+        config = self.config("stage2")
+        output, data = config.data.folder, dataclasses.replace(config.data, folder=str(self.orbits))
+        draws = 2 if self.options.quick else EXAMPLES
+        encode_examples.encode(dataclasses.replace(config, data=data), output, draws)
 
     def model(self, name: str) -> Path:
         """The model folder of a run."""
@@ -151,10 +162,9 @@ class Overfit:
     def samples(self, config: TrainConfig, state: TrainState, draws: int = 1) -> list[list[np.ndarray]]:
         """For each kind of picture that the run's task shows (true, coarse, made): whole orbits of all objects."""
         program = TrainProgram(config, make_mesh(config.mesh))
-        data = dataclasses.replace(config.data, batch_size=OBJECTS, num_views=NUM_VIEWS)
+        data = dataclasses.replace(config.data, batch_size=OBJECTS, num_views=NUM_VIEWS, cache_folder="", arrays=())
         frozen = program.frozen_values()
-        cache = RecordFolder(data.cache_folder) if data.cache_folder else None
-        batches = open_batches(RecordFolder(self.orbits), data, seed=1, cache=cache)
+        batches = open_batches(RecordFolder(self.orbits), data, seed=1)
         rows = []
         for draw in range(draws):
             batch = program.place_batch(next(batches))
@@ -174,11 +184,11 @@ def autoencoder(overfit: Overfit, name: str) -> None:
     config, state = overfit.run(name)
     views, made = overfit.samples(config, state)
     overfit.note(name, {"psnr": decibels(made, views, first=0)})
-    overfit.cache(config.data.image_size)
 
 
 def stage1(overfit: Overfit, name: str) -> None:
     """Views 1 to 15 from view 0."""
+    overfit.cache(overfit.config(name))
     sample_stage(overfit, name, draws=1)
 
 
@@ -190,6 +200,7 @@ def depth(overfit: Overfit, name: str) -> None:
 
 def stage2(overfit: Overfit, name: str) -> None:
     """Fine views from degraded ones, beside the degraded ones as they are and their bicubic enlargement."""
+    overfit.encode()
     config, views, coarse = sample_stage(overfit, name, DRAWS)
     bicubic = [enlarged_again(video, config.data.coarse.degradation.shrink) for video in coarse]
     overfit.note(name, {"coarse_psnr": decibels(coarse, views), "bicubic_psnr": decibels(bicubic, views)})

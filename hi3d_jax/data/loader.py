@@ -118,7 +118,7 @@ def open_batches(
         raise ValueError(f"a batch of {config.batch_size} does not divide by {process_count} processes: change it")
     own = config.batch_size // process_count
     first = process_index * own
-    reader = _ExampleReader(orbits, config, shuffle, cache, stage1)
+    reader = ExampleReader(orbits, config, shuffle, cache, stage1)
     examples = _positions(orbits.lines, config, seed, shuffle).batch(config.batch_size)
     dataset = examples.map(lambda chosen: reader.batch(*(part[first : first + own] for part in chosen)))
     dataset = dataset.to_iter_dataset(grain.ReadOptions(config.read_threads, config.prefetch))
@@ -166,7 +166,7 @@ def _with_seed(index: int, rng: np.random.Generator) -> tuple[int, int]:
     return index, int(rng.integers(1 << 62))
 
 
-class _ExampleReader:
+class ExampleReader:
     """Turns (record, seed) into examples, and examples into batches."""
 
     def __init__(self, orbits: Orbits, config: LoaderConfig, roll: bool, cache: Orbits | None, stage1: Orbits | None):

@@ -11,6 +11,10 @@ from hi3d_jax.data.loader import Batch, open_batches
 from hi3d_jax.data.record_folder import RecordFolder, RecordList
 from hi3d_jax.data.records import OrbitRecord
 from hi3d_jax.training.config import DataConfig, TrainConfig
+from hi3d_jax.training.tasks import StageTask
+
+# The setting of a data set of encoded examples (experiments/encode_examples.py) that says of what size the views were.
+ENCODED_SIZE = "encoded_size"
 
 EXAMPLE = "example"
 EXAMPLE_ORBITS = 16
@@ -23,7 +27,28 @@ WHOLE: Part = (0, 1)
 
 def training_batches(config: TrainConfig, part: Part = WHOLE) -> grain.DatasetIterator[Batch]:
     """An endless iterator over a part of every training batch. Raises `ValueError`, `RecordError`."""
-    return _open(config, config.data, part, shuffle=True)
+    data = config.data
+    if data.folder != EXAMPLE and (size := RecordFolder(data.folder).settings.get(ENCODED_SIZE)) is not None:
+        data = _of_encoded(config, size)
+    return _open(config, data, part, shuffle=True)
+
+
+def _of_encoded(config: TrainConfig, size: int) -> DataConfig:
+    """How examples are read that were encoded from views of `size` pixels: as they are, without pictures."""
+    data, log = config.data, config.log
+    if not isinstance(config.task, StageTask):
+        raise ValueError(f"{data.folder} holds encoded examples of stage 2, which this task cannot learn")
+    if size != data.image_size:
+        raise ValueError(f"{data.folder} was encoded from views of {size} pixels, not {data.image_size}; make it again")
+    if log.samples_every_steps and not data.validation_folder:
+        raise ValueError(
+            f"{data.folder} holds encoded examples and no pictures to draw samples of: set data.validation_folder, or "
+            "log.samples_every_steps=0"
+        )
+    arrays = config.task.encoded_arrays()
+    return dataclasses.replace(
+        data, arrays=arrays, views=False, coarse=None, roll=False, cache_folder="", stage1_folder=""
+    )
 
 
 def validation_batches(config: TrainConfig, part: Part = WHOLE) -> grain.DatasetIterator[Batch]:

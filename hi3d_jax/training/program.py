@@ -105,12 +105,12 @@ class TrainProgram:
         return networks.pretrained_values(spec, name, source, place)
 
     def networks(self, params: Values, frozen: Values) -> dict[str, nnx.Module]:
-        """All networks of the task with their values, low-rank updates added."""
+        """The networks of the task whose values are given, low-rank updates added."""
         values = {**frozen, **params}
         if self.config.lora.rank:
             updated = {name: lora.merged(self.config.lora, frozen[name], params[name]) for name in params}
             values = {**frozen, **updated}
-        return networks.filled(self._modules, values)
+        return networks.filled({name: self._modules[name] for name in values}, values)
 
     def loss(
         self, params: Values, frozen: Values, batch: Mapping[str, Array], key: Array

@@ -31,6 +31,8 @@ from hi3d_jax.training.tasks.pictures import over_white, psnr
 
 # Arrays that a cache of the data set may hold for every view; with them the networks that make them are not asked.
 LATENTS, IMAGE_TOKENS = "latents", "image_tokens"
+# Arrays of examples of stage 2 that were encoded beforehand, one draw of everything but the noise on the latents.
+COARSE_LATENTS, DEPTH, COND_AUG = "coarse_latents", "depth", "cond_aug"
 
 # Networks of the released checkpoints, where no folder says otherwise.
 RELEASED = {
@@ -101,7 +103,8 @@ class StageTask:
         """The mean over the videos of equation 4 (5), and its parts.
 
         `batch` has `views` uint8 [b t h w 4], `elevation_deg` [b], for stage 2 `coarse` uint8 [b t h w 3], and may have
-        cached `latents` (unscaled, [b t h w c]) and `image_tokens` ([b t e]).
+        cached `latents` (unscaled, [b t h w c]) and `image_tokens` ([b t e]); or it has the `encoded_arrays` instead
+        of pictures.
         """
         recipe = self.recipe
         latents_key, sigma_key, noise_key, condition_key, drop_key = jax.random.split(key, 5)
@@ -112,6 +115,34 @@ class StageTask:
         network = denoiser(networks["unet"], conditioning.assemble(recipe, parts))
         losses = diffusion.edm_loss(network, latents, noise, sigma)
         return losses.mean(), {"latent_std": latents.std()}
+
+    def encoded_arrays(self) -> tuple[str, ...]:
+        """The arrays that stand for the pictures of an encoded example.
+
+        Raises `ValueError` where a network that learns has to see the pictures.
+        """
+        if self.recipe.stage != 2 or self.image_encoder is not None or "aesthetic" in self.recipe.vector:
+            raise ValueError(
+                "only stage 2's examples are encoded beforehand, for an image encoder that does not learn and without "
+                "aesthetic scores; set data.folder to the rendered data set"
+            )
+        arrays = (LATENTS, IMAGE_TOKENS, COARSE_LATENTS, COND_AUG)
+        return (*arrays, DEPTH) if "depth" in self.recipe.concat else arrays
+
+    def encoded(self, networks: Mapping[str, nnx.Module], batch: Mapping[str, Array], key: Array) -> dict[str, Array]:
+        """The `encoded_arrays` [b t ...] of a batch with pictures, under training's noise on the conditions."""
+        views = over_white(batch["views"])
+        parts = self._condition_parts(networks, batch, key)
+        latents = self._by_views(lambda x: networks["vae"].encode(x).mean, len(views))
+        each_view = lambda x: jnp.repeat(x[:, None], views.shape[1], axis=1)  # noqa: E731
+        made = {
+            LATENTS: latents(views.reshape(-1, *views.shape[2:])).reshape(parts.latents.shape),
+            IMAGE_TOKENS: each_view(parts.image_token),
+            COARSE_LATENTS: parts.latents,
+            COND_AUG: each_view(parts.cond_aug),
+            DEPTH: parts.depth,
+        }
+        return {name: made[name] for name in self.encoded_arrays()}
 
     def _latents(self, vae: nnx.Module, batch: Mapping[str, Array], key: Array) -> Array:
         """Scaled latents of the true views, a draw from their distribution unless they are cached."""
@@ -126,6 +157,8 @@ class StageTask:
         self, networks: Mapping[str, nnx.Module], batch: Mapping[str, Array], key: Array | None
     ) -> ConditionParts:
         """The conditions of a batch; with a key, under training's noise, else under the recipe's, drawn from 0."""
+        if COARSE_LATENTS in batch:
+            return _decoded_parts(batch)
         recipe, views = self.recipe, over_white(batch["views"])
         coarse = over_white(batch["coarse"]) if recipe.stage == 2 else None
         encoders = Encoders.of(recipe, networks)
@@ -201,6 +234,18 @@ class StageTask:
             kinds.insert(1, over_white(batch["coarse"]))
             metrics["coarse_psnr"] = psnr(kinds[1][:, 1:], views[:, 1:]).mean()
         return [kind[video] for video in range(len(views)) for kind in kinds], metrics
+
+
+def _decoded_parts(batch: Mapping[str, Array]) -> ConditionParts:
+    """The conditions of examples that were encoded beforehand."""
+    arrays = {name: batch[name].astype(jnp.float32) for name in (IMAGE_TOKENS, COARSE_LATENTS, COND_AUG)}
+    return ConditionParts(
+        image_token=arrays[IMAGE_TOKENS][:, 0],
+        latents=arrays[COARSE_LATENTS],
+        elevation_deg=batch["elevation_deg"],
+        cond_aug=arrays[COND_AUG][:, 0],
+        depth=batch[DEPTH].astype(jnp.float32) if DEPTH in batch else None,
+    )
 
 
 def denoiser(unet: UNet, conditions: Conditions) -> Callable[[Array, Array], Array]:
