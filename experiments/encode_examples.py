@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments import train
@@ -59,12 +60,14 @@ def encode(config: TrainConfig, output: str | Path, draws: int) -> None:
 
     def made(record: OrbitRecord) -> list[OrbitRecord]:
         rng = np.random.default_rng([config.seed, zlib.crc32(record.key.encode())])
-        return [example(record, draw, *rng.integers(1 << 62, size=2)) for draw in range(draws)]
+        seeds = rng.integers(1 << 62, size=(draws, 2))
+        return [example(record, draw, *pair) for draw, pair in enumerate(seeds)]
 
     def example(record: OrbitRecord, draw: int, seed: int, noise_seed: int) -> OrbitRecord:
         batch = reader.batch(np.array([source.index_of_key[record.key]]), np.array([seed]))
         arrays = encoded(frozen, program.place_batch(batch), jax.random.key(noise_seed))
         arrays = {name: np.asarray(arrays[name][0], np.float16) for name in names}
+        bar.update()
         return dataclasses.replace(record, key=f"{record.key}@{draw}", arrays=arrays)
 
     settings = {
@@ -74,12 +77,13 @@ def encode(config: TrainConfig, output: str | Path, draws: int) -> None:
         "networks": list(config.task.networks),
         "stage1_folder": data.stage1_folder,
     }
-    with tqdm(total=len(source), unit="orbit", desc=str(output)) as bar:
+    with tqdm(total=len(source) * draws, unit="example", desc=str(output)) as bar:
         for done in derive(source, output, settings, made, views=False, depths=False, arrays=()):
-            bar.update(done - bar.n)
+            # Orbits that an earlier run encoded.
+            bar.update(done * draws - bar.n)
 
 
-def one_device(config: TrainConfig):
+def one_device(config: TrainConfig) -> Mesh:
     """A mesh of one device; several machines encode several data sets."""
     alone = {"data": 1, "fsdp": 1, "tensor": 1, "views": 1}
     return make_mesh(dataclasses.replace(config.mesh, **alone), jax.devices()[:1])
