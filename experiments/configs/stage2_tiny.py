@@ -10,8 +10,8 @@ experiments/benchmarks/overfit.py.
     python experiments/train.py --config=stage2_tiny --task.networks STAGE1_FOLDER DEPTH_FOLDER --data.folder=DATASET \\
         --data.validation_folder=DATASET2
 
-Degrading and encoding the coarse views takes half of such a step (4.0 and 1.9 s on one core); encode_examples.py does it beforehand, for as
-many draws of every orbit as are wanted, and its output is then the data.folder.
+Degrading and encoding the coarse views takes half of such a step (4.0 and 1.9 s on one core); encode_examples.py does
+it beforehand, for as many draws of every orbit as are wanted, and its output is then the data.folder.
 """
 
 import dataclasses
