@@ -25,7 +25,6 @@ if __name__ == "__main__":
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments import train
@@ -35,7 +34,7 @@ from hi3d_jax.data.loader import ExampleReader
 from hi3d_jax.data.record_folder import RecordFolder
 from hi3d_jax.data.records import OrbitRecord
 from hi3d_jax.training.batches import ENCODED_SIZE
-from hi3d_jax.training.config import TrainConfig
+from hi3d_jax.training.config import MeshConfig, TrainConfig
 from hi3d_jax.training.program import TrainProgram
 from hi3d_jax.training.sharding import make_mesh
 
@@ -49,9 +48,9 @@ def encode(config: TrainConfig, output: str | Path, draws: int) -> None:
     names = config.task.encoded_arrays()
     source, stage1 = RecordFolder(data.folder), RecordFolder(data.stage1_folder) if data.stage1_folder else None
     reader = ExampleReader(source, data, data.roll, None, stage1)
-    program = TrainProgram(
-        dataclasses.replace(config, data=dataclasses.replace(data, batch_size=1)), one_device(config)
-    )
+    single = dataclasses.replace(config, data=dataclasses.replace(data, batch_size=1))
+    # Several machines encode several data sets.
+    program = TrainProgram(single, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     frozen = program.frozen_values()
 
     @jax.jit
@@ -81,12 +80,6 @@ def encode(config: TrainConfig, output: str | Path, draws: int) -> None:
         for done in derive(source, output, settings, made, views=False, depths=False, arrays=()):
             # Orbits that an earlier run encoded.
             bar.update(done * draws - bar.n)
-
-
-def one_device(config: TrainConfig) -> Mesh:
-    """A mesh of one device; several machines encode several data sets."""
-    alone = {"data": 1, "fsdp": 1, "tensor": 1, "views": 1}
-    return make_mesh(dataclasses.replace(config.mesh, **alone), jax.devices()[:1])
 
 
 def main(arguments: list[str] | None = None) -> None:

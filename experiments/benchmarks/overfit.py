@@ -61,7 +61,7 @@ LEARNING_RATE = 1e-3
 # Besides the config's own sampling, that with so many steps and no guidance is tried, by stage, and the best counts:
 # the tiny configs' steps fit what hi3d-tiny has learnt, not networks that know four objects or hardly know anything.
 SAMPLING_STEPS = {1: (6, 10), 2: (2, 4, 6)}
-# Degraded videos of each object that stage 2 learns from, encoded beforehand: that is most of a step's time.
+# Degraded videos of each object that stage 2 learns from, encoded beforehand: that is half of a step's time.
 EXAMPLES = 100
 # Degraded videos of each object that stage 2 is asked to refine.
 DRAWS = 2
@@ -119,7 +119,7 @@ class Overfit:
         return dataclasses.replace(config, data=dataclasses.replace(config.data, num_views=4))
 
     def _stage(self, name: str, config: TrainConfig) -> TrainConfig:
-        """With the networks of the other runs, and cached latents."""
+        """With the networks of the other runs, and cached latents or encoded examples."""
         networks = [self.model(f"autoencoder{config.data.image_size}")]
         if config.task.recipe.stage == 1:
             data = {"cache_folder": str(self.folder / "latents"), "arrays": ("latents",)}

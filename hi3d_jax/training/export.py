@@ -15,6 +15,7 @@ from flax import nnx
 from hi3d_jax.pretrained import PretrainedError, parameters, save_bundle, save_pretrained, with_parameters
 from hi3d_jax.training import batches, sharding
 from hi3d_jax.training.checkpoint import CheckpointError, read_checkpoint, steps_in
+from hi3d_jax.training.config import MeshConfig
 from hi3d_jax.training.loop import load_config
 from hi3d_jax.training.networks import sizes
 from hi3d_jax.training.program import TrainProgram
@@ -42,9 +43,7 @@ class Export:
         """The networks that belong in the run's model folder, its recipe, and a line about the weights."""
         config = load_config(run)
         # One device is enough: the values are only copied.
-        mesh = sharding.make_mesh(
-            dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1, views=1), jax.devices()[:1]
-        )
+        mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
         program = TrainProgram(config, mesh)
         state = _read(Path(run) / "checkpoints", self.step, program)
         averaged = bool(self.ema and state.ema)

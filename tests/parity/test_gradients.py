@@ -41,7 +41,7 @@ def test_the_gradients_of_the_training_loss_are_the_official_ones():
     assert max(errors.values()) < 1e-4, errors
     # Gradients before norms cancel to almost nothing, and what is left of them is rounding. Measured: 1.6e-4 in the
     # weight of one embedding layer (output_blocks.1.0), 4.1e-5 at most in the other 1425. In float64 ours change by
-    # 3e-6 at most and that one is as far off: what is rounded are the recorded numbers, which are float32.
+    # 3e-6 at most and that one is as far off: it is not ours that are rounded.
     least = 1e-2 * max(lengths.values())
     off = {key: abs(np.linalg.norm(got[key]) - length) / max(length, least) for key, length in lengths.items()}
     assert max(off.values()) < 2e-4, {key: value for key, value in off.items() if value > 1e-4}
