@@ -7,8 +7,9 @@
 
 Of every orbit DRAWS examples are drawn as the training would draw them (first view, degradation or output of stage 1,
 noise on the conditions), and what its frozen networks make of them is kept, in float16. A training on them draws only
-noise levels, noise and what is dropped anew. Fields of the config may follow as in train.py. Run the same command
-again to go on after an interruption.
+noise levels, noise and what is dropped anew. With a cache of the true views' latents (cache_latents.py, then
+`--data.cache-folder` and `--data.arrays latents`) half the time is spared. Fields of the config may follow as in
+train.py. Run the same command again to go on after an interruption.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from experiments import train
 from hi3d_jax.cli.output import script_errors
 from hi3d_jax.data.derived import derive
-from hi3d_jax.data.loader import ExampleReader
+from hi3d_jax.data.loader import ExampleReader, check_companions
 from hi3d_jax.data.record_folder import RecordFolder
 from hi3d_jax.data.records import OrbitRecord
 from hi3d_jax.training.batches import ENCODED_SIZE
@@ -44,10 +45,12 @@ def encode(config: TrainConfig, output: str | Path, draws: int) -> None:
 
     Raises `ValueError` for a task whose examples have to be seen, `RecordError`, `PretrainedError`.
     """
-    data = dataclasses.replace(config.data, cache_folder="", arrays=())
-    names = config.task.encoded_arrays()
-    source, stage1 = RecordFolder(data.folder), RecordFolder(data.stage1_folder) if data.stage1_folder else None
-    reader = ExampleReader(source, data, data.roll, None, stage1)
+    data, names = config.data, config.task.encoded_arrays()
+    source, stage1, cache = (
+        RecordFolder(folder) if folder else None for folder in (data.folder, data.stage1_folder, data.cache_folder)
+    )
+    check_companions(source, data, cache, stage1)
+    reader = ExampleReader(source, data, data.roll, cache, stage1)
     single = dataclasses.replace(config, data=dataclasses.replace(data, batch_size=1))
     # Several machines encode several data sets.
     program = TrainProgram(single, make_mesh(MeshConfig(data=1), jax.devices()[:1]))

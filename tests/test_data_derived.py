@@ -155,6 +155,19 @@ def test_encoded_examples_are_draws_of_what_training_would_see(dataset, encoded)
     assert len(set(strengths)) == len(records), "every draw is another"
 
 
+def test_examples_encoded_with_cached_latents_are_those_encoded_without(dataset, encoded, tmp_path):
+    run, on_examples, _ = encoded
+    cache_latents.cache(cache_latents.Arguments(dataset, tmp_path / "cache", run.task.networks[0], size=96))
+    data = dataclasses.replace(run.data, cache_folder=str(tmp_path / "cache"), arrays=("latents",))
+    encode_examples.encode(dataclasses.replace(run, data=data), tmp_path / "examples", draws=3)
+    made, wanted = RecordFolder(tmp_path / "examples"), RecordFolder(on_examples.data.folder)
+    assert [line["key"] for line in made.lines] == [line["key"] for line in wanted.lines]
+    for index in range(len(wanted)):
+        arrays = wanted[index].arrays
+        for name, values in made[index].arrays.items():
+            np.testing.assert_allclose(values, arrays[name], rtol=2e-3, atol=2e-3, err_msg=name)
+
+
 def test_a_step_on_encoded_examples_has_the_conditions_of_one_on_pictures(encoded):
     run, on_examples, networks = encoded
     pictures = {name: jnp.asarray(value) for name, value in next(training_batches(run)).items() if name != "keys"}

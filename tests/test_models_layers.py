@@ -21,6 +21,7 @@ from hi3d_jax.models.layers import (
     linear,
     torch_uniform,
 )
+from hi3d_jax.models.products import convolve
 from hi3d_jax.models.vae import Autoencoder, AutoencoderConfig
 
 
@@ -100,6 +101,28 @@ def test_in_half_precision_only_the_result_is_rounded(size):
     gradient = jax.vjp(conv, x)[1](slope)[0].astype(jnp.float32)
     # The sum over the kernel's nine positions is rounded at every one.
     assert np.abs(gradient - pull(slope.astype(jnp.float32))[0]).max() < 0.02 * np.abs(gradient).max()
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel_shape", "padding"),
+    [
+        ((3, 16, 17, 16), (3, 3, 16, 24), ((1, 1), (1, 1))),
+        ((2, 18, 19, 32), (3, 2, 32, 16), ((0, 1), (1, 0))),
+        ((2, 5, 9, 7), (3, 1, 7, 4), ((1, 1), (0, 0))),
+    ],
+)
+def test_gradients_of_convolutions_agree_with_xla(shape, kernel_shape, padding):
+    x, kernel = normal(*shape), normal(*kernel_shape, seed=1)
+
+    def plain(x, kernel):
+        return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    expected, expected_pull = jax.vjp(plain, x, kernel)
+    made, pull = jax.vjp(lambda x, kernel: convolve(x, kernel, 1, padding), x, kernel)
+    np.testing.assert_array_equal(made, expected)
+    slope = normal(*expected.shape, seed=2)
+    for ours, theirs in zip(pull(slope), expected_pull(slope), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(jnp.abs(theirs).max()))
 
 
 @pytest.mark.parametrize("size", [(2, 2), (16, 16)])

@@ -52,8 +52,8 @@ OBJECTS, NUM_VIEWS, SIZE, ELEVATION_DEG = 4, 16, 256, 20.0
 RUNS = {
     "autoencoder128": ("autoencoder_tiny", 600),
     "stage1": ("stage1_tiny", 1500),
-    "autoencoder256": ("autoencoder_tiny", 120),
-    "depth": ("depth_tiny", 300),
+    "autoencoder256": ("autoencoder_tiny", 900),
+    "depth": ("depth_tiny", 1500),
     "stage2": ("stage2_tiny", 2500),
     "stage2_no_depth": ("stage2_tiny_no_depth", 2500),
 }
@@ -62,7 +62,7 @@ LEARNING_RATE = 1e-3
 # the tiny configs' steps fit what hi3d-tiny has learnt, not networks that know four objects or hardly know anything.
 SAMPLING_STEPS = {1: (6, 10), 2: (2, 4, 6)}
 # Degraded videos of each object that stage 2 learns from, encoded beforehand: that is half of a step's time.
-EXAMPLES = 100
+EXAMPLES = 60
 # Degraded videos of each object that stage 2 is asked to refine.
 DRAWS = 2
 
@@ -110,7 +110,8 @@ class Overfit:
         )
         if isinstance(config.task, StageTask):
             return self._stage(name, config)
-        starts = {"autoencoder128": self.options.autoencoder, "autoencoder256": self.model("autoencoder128")}
+        begun = self.options.autoencoder
+        starts = {"autoencoder128": begun, "autoencoder256": begun or self.model("autoencoder128")}
         if start := starts.get(name):
             # What was measured of its latents goes with the weights.
             sizes = found_in([start], "vae").config
@@ -122,15 +123,19 @@ class Overfit:
         """With the networks of the other runs, and cached latents or encoded examples."""
         networks = [self.model(f"autoencoder{config.data.image_size}")]
         if config.task.recipe.stage == 1:
-            data = {"cache_folder": str(self.folder / "latents"), "arrays": ("latents",)}
+            data = self._cached(config.data.image_size)
         else:
-            networks += [self.model("stage1"), self.options.depth or self.model("depth")]
+            networks += [self.options.stage1 or self.model("stage1"), self.options.depth or self.model("depth")]
             # A video of stage 2 has as many pixels as four of stage 1.
-            data = {"folder": str(self.folder / "examples"), "batch_size": OBJECTS // 2}
+            data = {"folder": str(self.folder / "examples"), "batch_size": 1}
         recipe = config.task.recipe
         recipe = dataclasses.replace(recipe, num_steps=2) if self.options.quick else recipe
         task = dataclasses.replace(config.task, networks=tuple(map(str, networks)), recipe=recipe)
         return dataclasses.replace(config, task=task, data=dataclasses.replace(config.data, **data))
+
+    def _cached(self, size: int) -> dict[str, Any]:
+        """Fields of the data that take latents of views of that size from their cache."""
+        return {"cache_folder": str(self.folder / f"latents{size}"), "arrays": ("latents",)}
 
     def cache(self, config: TrainConfig) -> None:
         """The latents of the true views, which no step has to make again."""
@@ -141,9 +146,10 @@ class Overfit:
     def encode(self) -> None:
         """Examples of stage 2, with depths: those of both its runs."""
         config = self.config("stage2")
-        output, data = config.data.folder, dataclasses.replace(config.data, folder=str(self.orbits))
-        draws = 2 if self.options.quick else EXAMPLES
-        encode_examples.encode(dataclasses.replace(config, data=data), output, draws)
+        data = dataclasses.replace(config.data, **self._cached(config.data.image_size), folder=str(self.orbits))
+        on_pictures = dataclasses.replace(config, data=data)
+        self.cache(on_pictures)
+        encode_examples.encode(on_pictures, config.data.folder, 2 if self.options.quick else EXAMPLES)
 
     def model(self, name: str) -> Path:
         """The model folder of a run."""
@@ -281,6 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--split", help="only objects that a manifest.jsonl gives this split")
     parser.add_argument("--autoencoder", type=Path, help="model folder of an autoencoder to go on from")
+    parser.add_argument("--stage1", type=Path, help="model folder whose image encoder stage 2 has; default: the run's")
     parser.add_argument("--depth", type=Path, help="model folder of a depth network to use")
     parser.add_argument("--parts", nargs="+", choices=RUNS, default=list(RUNS), help="which runs")
     parser.add_argument("--steps", type=int, help="of every run; default: as in this file")

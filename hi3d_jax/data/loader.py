@@ -113,7 +113,7 @@ def open_batches(
     config.check()
     if cache is not None and not config.arrays:
         raise ValueError("nothing of the cache is asked for; name its arrays: data.arrays latents image_tokens")
-    _check_companions(orbits, config, cache, stage1)
+    check_companions(orbits, config, cache, stage1)
     if config.batch_size % process_count:
         raise ValueError(f"a batch of {config.batch_size} does not divide by {process_count} processes: change it")
     own = config.batch_size // process_count
@@ -129,7 +129,7 @@ def open_batches(
     return iter(dataset)
 
 
-def _check_companions(orbits: Orbits, config: LoaderConfig, cache: Orbits | None, stage1: Orbits | None) -> None:
+def check_companions(orbits: Orbits, config: LoaderConfig, cache: Orbits | None, stage1: Orbits | None) -> None:
     """Raises `RecordError` where a cache or stage 1's outputs belong to other records or to another size."""
     if not isinstance(orbits, RecordFolder):
         return

@@ -2,8 +2,10 @@
 
 Everywhere but on CPU these are XLA's own. XLA's CPU backend widens a bfloat16 product to float32 first and works at
 float32's rate; only a product whose result is declared float32 reaches the processor's bfloat16 units, nearly twice as
-fast. Its convolutions never do, so in bfloat16 they are written as such products. The choice is made when the program
-is lowered, so that one for TPU can be compiled on a machine without.
+fast. Its convolutions never do, so in bfloat16 they are written as such products. And it computes the gradient of a
+narrow convolution's kernel at a quarter of the convolution's own rate, or a tenth where kernels are one wide: these
+are written as products too. The choice is made when the program is lowered, so that one for TPU can be compiled on a
+machine without.
 """
 
 import functools
@@ -55,9 +57,12 @@ def convolve(
         padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+    kh, kw, c, d = kernel.shape
     if x.dtype != jnp.bfloat16:
+        narrow = height * width >= 256 and 16 <= min(c, d) <= 64 and max(c, d) <= 128
+        if x.dtype == kernel.dtype == jnp.float32 and stride == 1 and (kw == 1 or narrow):
+            return _convolve_narrow(x, kernel, padding)
         return convolution(x, kernel)
-    kh, kw, c, _ = kernel.shape
     patch_bytes = height * width * kh * kw * c * x.dtype.itemsize
     if height * width < 256:
         by_products = functools.partial(_convolve_taps, stride=stride, padding=padding)
@@ -104,3 +109,54 @@ def _convolve_taps(x: Array, kernel: Array, stride: int, padding: Padding) -> Ar
         for tap, k in zip(taps, kernels, strict=True)
     )
     return functools.reduce(jax.lax.add, products).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve_narrow(x: Array, kernel: Array, padding: Padding) -> Array:
+    """A convolution of stride 1 whose kernel has few channels or one column; its gradient is fast on CPU."""
+    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _narrow_forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
+    return _convolve_narrow(x, kernel, padding), (x, kernel)
+
+
+def _narrow_backward(padding: Padding, kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    plain = functools.partial(lax.conv_general_dilated, window_strides=(1, 1), padding=padding)
+    plain = functools.partial(plain, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    (to_x,) = jax.vjp(lambda x: plain(x, kernel), x)[1](slope)
+    to_kernel = lax.platform_dependent(
+        x,
+        slope,
+        cpu=functools.partial(_kernel_gradient, size=kernel.shape[:2], padding=padding),
+        default=lambda x, slope: jax.vjp(lambda kernel: plain(x, kernel), kernel)[1](slope)[0],
+    )
+    return to_x, to_kernel
+
+
+_convolve_narrow.defvjp(_narrow_forward, _narrow_backward)
+
+
+def _kernel_gradient(
+    x: Float[Array, "n h w c"], slope: Float[Array, "n h2 w2 d"], size: tuple[int, int], padding: Padding
+) -> Float[Array, "kh kw c d"]:
+    """Products of the slopes and what the kernel's positions see, one picture after the other: each stays in the cache.
+
+    What the positions in one row of the kernel see lies side by side, and the next row sees the same a line later.
+    """
+    kh, kw = size
+    _, height, width, d = slope.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    # XLA would undo the transposition, and take three times as long for the products.
+    slopes = lax.optimization_barrier(slope.reshape(len(x), -1, d).swapaxes(1, 2))
+
+    def add(total: Array, picture: tuple[Array, Array]) -> tuple[Array, None]:
+        seen, slopes = picture
+        seen = jnp.concatenate([seen[:, j : j + width] for j in range(kw)], axis=-1)
+        seen = seen.reshape(-1, seen.shape[-1])
+        rows = [slopes @ seen[i * width : (i + height) * width] for i in range(kh)]
+        return total + jnp.stack(rows), None
+
+    total, _ = lax.scan(add, jnp.zeros((kh, d, kw * x.shape[-1]), x.dtype), (x, slopes))
+    return total.reshape(kh, d, kw, -1).transpose(0, 2, 3, 1)

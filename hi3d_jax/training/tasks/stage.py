@@ -131,12 +131,15 @@ class StageTask:
 
     def encoded(self, networks: Mapping[str, nnx.Module], batch: Mapping[str, Array], key: Array) -> dict[str, Array]:
         """The `encoded_arrays` [b t ...] of a batch with pictures, under training's noise on the conditions."""
-        views = over_white(batch["views"])
         parts = self._condition_parts(networks, batch, key)
-        latents = self._by_views(lambda x: networks["vae"].encode(x).mean, len(views))
-        each_view = lambda x: jnp.repeat(x[:, None], views.shape[1], axis=1)  # noqa: E731
+        latents = batch.get(LATENTS)
+        if latents is None:
+            views = over_white(batch["views"])
+            encode = self._by_views(lambda x: networks["vae"].encode(x).mean, len(views))
+            latents = encode(views.reshape(-1, *views.shape[2:])).reshape(parts.latents.shape)
+        each_view = lambda x: jnp.repeat(x[:, None], latents.shape[1], axis=1)  # noqa: E731
         made = {
-            LATENTS: latents(views.reshape(-1, *views.shape[2:])).reshape(parts.latents.shape),
+            LATENTS: latents,
             IMAGE_TOKENS: each_view(parts.image_token),
             COARSE_LATENTS: parts.latents,
             COND_AUG: each_view(parts.cond_aug),
