@@ -8,7 +8,7 @@ import pytest
 from hi3d_jax.data import blur_kernels
 from hi3d_jax.data.blur_kernels import KernelConfig, bell, blur, draw_kernel, padded, sinc
 from hi3d_jax.data.degrade import Degradation, DegradationRound, degrade_views, poisson_noise, random_mask
-from hi3d_jax.data.interpolate import interpolate, interpolate_by
+from hi3d_jax.data.interpolate import RESIZE_MODES, interpolate, interpolate_by
 from hi3d_jax.data.jpeg import jpeg
 
 
@@ -130,6 +130,19 @@ def test_scale_and_kind_of_noise_belong_to_the_orbit_and_strengths_to_the_view()
     assert 0 < sum(noisy) < 8
     for spread, is_noisy in zip(spreads, noisy, strict=True):
         assert (np.ptp(spread) > 10) if is_noisy else (spread.max() < 2)
+
+
+def test_how_views_are_enlarged_is_drawn_or_chosen_and_changes_nothing_else():
+    views, drawn = orbit(), Degradation()
+    for mode in RESIZE_MODES:
+        chosen = Degradation(enlarge=mode)
+        same = [
+            np.array_equal(*(degrade_views(views, np.random.default_rng(seed), config) for config in (drawn, chosen)))
+            for seed in range(20)
+        ]
+        assert 2 <= sum(same) <= 12, f"a third of the orbits would draw {mode}"
+    with pytest.raises(ValueError, match="enlarge 'cubic' must be empty or one of"):
+        Degradation(enlarge="cubic")
 
 
 def test_noise_has_the_stated_size():

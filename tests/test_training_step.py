@@ -62,6 +62,25 @@ def test_the_optimizer_is_adamw_after_clipping():
     assert int(metrics["skipped"]) == 0
 
 
+def test_muon_turns_kernels_by_rotations_as_long_as_adams_steps_and_leaves_vectors_to_adam():
+    params = {"net": {"c.kernel": jnp.zeros((3, 3, 4, 8)), "c.bias": jnp.zeros(8)}}
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    config = OptimizerConfig(method="muon", learning_rate=1e-2, clip_norm=0.0)
+    steps = {}
+    for method in ("muon", "adamw"):
+        optimizer = make_optimizer(dataclasses.replace(config, method=method))
+        steps[method] = optimizer.update(grads, optimizer.init(params), params)[0]["net"]
+    np.testing.assert_allclose(steps["muon"]["c.bias"], steps["adamw"]["c.bias"], rtol=1e-6)
+    # The matrix from the kernel's 36 inputs to its 8 outputs.
+    step = -np.asarray(steps["muon"]["c.kernel"]).reshape(36, 8)
+    left, _, right = np.linalg.svd(np.asarray(grads["net"]["c.kernel"]).reshape(36, 8), full_matrices=False)
+    stretched = left.T @ step @ right.T / (0.2 * 1e-2 * 36**0.5)
+    # Five of Newton and Schulz's iterations make every singular value one within a third.
+    assert np.abs(np.diag(stretched) - 1).max() < 0.35
+    assert np.abs(stretched - np.diag(np.diag(stretched))).max() < 1e-4
+
+
 def test_groups_learn_at_their_own_pace_and_vectors_do_not_decay():
     groups = (ParameterGroup(r"net\.b\..*", 0.0), ParameterGroup(r".*bias", 0.5))
     state, step = stepper(OptimizerConfig(learning_rate=1e-2, weight_decay=1.0, groups=groups, clip_norm=0.0))

@@ -33,7 +33,7 @@ def get_config() -> TrainConfig:
                 context_dim=128,
                 block_channels=(32, 64, 64),
                 num_heads=(1, 2, 2),
-                attention=(False, True, True),
+                attention=(False, False, True),
                 layers_per_block=1,
                 norm_groups=4,
             ),
@@ -42,7 +42,7 @@ def get_config() -> TrainConfig:
         folder="runs/stage2_tiny",
         steps=20_000,
         data=DataConfig(batch_size=2, image_size=256, category_power=0.5, coarse=CoarseConfig()),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=500, ema_decay=0.9995),
+        optimizer=OptimizerConfig(method="muon", learning_rate=1e-3, warmup_steps=500, ema_decay=0.9995),
         checkpoint=CheckpointConfig(every_steps=250),
         log=LogConfig(every_steps=25, samples_every_steps=500, samples=1, validate_every_steps=500),
     )

@@ -59,6 +59,8 @@ class Degradation:
     )
     # How many times smaller the views become before they are enlarged again.
     shrink: int = 4
+    # How they are enlarged; empty draws one of `interpolate.RESIZE_MODES` for the orbit.
+    enlarge: str = ""
     # Share of views that end with a sinc filter.
     final_sinc: float = 0.8
     # Paint white where the clean views are transparent.
@@ -70,6 +72,8 @@ class Degradation:
     def __post_init__(self):
         if self.shrink < 1:
             raise ValueError(f"shrink {self.shrink} must be at least 1")
+        if self.enlarge not in ("", *RESIZE_MODES):
+            raise ValueError(f"enlarge {self.enlarge!r} must be empty or one of {', '.join(RESIZE_MODES)}")
         for round_ in (self.first, self.second):
             shares = (*round_.resize, *round_.kernel.families)
             if min(shares) < 0 or abs(sum(round_.resize) - 1) > 1e-6 or abs(sum(round_.kernel.families) - 1) > 1e-6:
@@ -100,7 +104,8 @@ class _OrbitDraws:
             (config.second, *_draw_round(rng, config.second)),
         ]
         self.sinc_first = rng.random() < 0.5
-        self.small_mode, self.last_mode = (RESIZE_MODES[i] for i in rng.integers(len(RESIZE_MODES), size=2))
+        self.small_mode, last_mode = (RESIZE_MODES[i] for i in rng.integers(len(RESIZE_MODES), size=2))
+        self.last_mode = config.enlarge or last_mode
 
 
 def _draw_round(rng: np.random.Generator, config: DegradationRound):

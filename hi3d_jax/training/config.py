@@ -38,8 +38,11 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019) and its schedule."""
+    """AdamW (Loshchilov and Hutter 2019) or Muon (Jordan et al. 2024), and the schedule."""
 
+    # What makes steps of gradients. Muon makes every matrix's and every kernel's step a scaled rotation, as long as
+    # AdamW's are (Liu et al. 2025, section 2.2), so that all else may stay; vectors take AdamW's.
+    method: Literal["adamw", "muon"] = "adamw"
     # Peak learning rate.
     learning_rate: float = 1e-5
     # Steps over which the learning rate rises linearly from 0.
@@ -184,7 +187,7 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     # Where batches come from and what they hold.
     data: DataConfig = DataConfig()
-    # AdamW and its schedule.
+    # How steps are made of gradients, and their schedule.
     optimizer: OptimizerConfig = OptimizerConfig()
     # Low-rank updates instead of whole networks.
     lora: LoRAConfig = LoRAConfig()

@@ -1,4 +1,4 @@
-"""AdamW by optax, with a schedule, clipping and parameter groups, as the config says."""
+"""AdamW and Muon by optax, with a schedule, clipping and parameter groups, as the config says."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from hi3d_jax.training.config import OptimizerConfig, ParameterGroup
 from hi3d_jax.training.networks import Values
+
+# Root mean square of AdamW's steps in units of the learning rate, which Muon's are given (Liu et al. 2025).
+ADAM_RMS = 0.2
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -39,10 +43,30 @@ def _group_optimizer(config: OptimizerConfig, group: ParameterGroup) -> optax.Gr
         return jax.tree.map(lambda p: config.decay_vectors or p.ndim > 1, params)
 
     return optax.chain(
-        optax.scale_by_adam(config.b1, config.b2, config.epsilon),
+        _direction(config),
         optax.add_decayed_weights(config.weight_decay, decays),
         optax.scale_by_learning_rate(lambda step: group.learning_rate_factor * learning_rate(config, step)),
     )
+
+
+def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+    if config.method == "adamw":
+        return adam
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(weight_dimension_numbers=_as_matrices),
+        # A rotation's numbers have a root mean square of one over the root of its longer side.
+        optax.stateless_with_tree_map(lambda u, _: ADAM_RMS * max(u.size // u.shape[-1], u.shape[-1]) ** 0.5 * u),
+    )
+    return optax.partition(
+        {"matrix": muon, "vector": adam},
+        lambda params: jax.tree.map(lambda p: "matrix" if p.ndim > 1 else "vector", params),
+    )
+
+
+def _as_matrices(params: Any) -> Any:
+    """How Muon sees arrays: all axes before the last are inputs."""
+    return jax.tree.map(lambda p: optax.contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1), params)
 
 
 def learning_rate(config: OptimizerConfig, step: jax.Array | int) -> jax.Array:
