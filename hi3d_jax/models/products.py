@@ -59,10 +59,10 @@ def convolve(
     )
     kh, kw, c, d = kernel.shape
     if x.dtype != jnp.bfloat16:
-        narrow = height * width >= 256 and 16 <= min(c, d) <= 64 and max(c, d) <= 128
-        if x.dtype == kernel.dtype == jnp.float32 and stride == 1 and (kw == 1 or narrow):
-            return _convolve_narrow(x, kernel, padding)
-        return convolution(x, kernel)
+        narrow = kw == 1 or (height * width >= 256 and 16 <= min(c, d) <= 64 and max(c, d) <= 128)
+        # Where there is nothing to gain, derivatives stay XLA's: forward ones, too.
+        on_cpu = x.dtype == kernel.dtype == jnp.float32 and jax.default_backend() == "cpu"
+        return _convolve_narrow(x, kernel, padding) if narrow and stride == 1 and on_cpu else convolution(x, kernel)
     patch_bytes = height * width * kh * kw * c * x.dtype.itemsize
     if height * width < 256:
         by_products = functools.partial(_convolve_taps, stride=stride, padding=padding)
@@ -113,7 +113,10 @@ def _convolve_taps(x: Array, kernel: Array, stride: int, padding: Padding) -> Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve_narrow(x: Array, kernel: Array, padding: Padding) -> Array:
-    """A convolution of stride 1 whose kernel has few channels or one column; its gradient is fast on CPU."""
+    """A convolution of stride 1 whose kernel has few channels or one column; its gradient is fast on CPU.
+
+    It has no forward derivatives (`jax.jvp`): a rule for them that keeps the gradient fast does not pass `jax.vmap`.
+    """
     return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
@@ -123,14 +126,13 @@ def _narrow_forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, t
 
 def _narrow_backward(padding: Padding, kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
     x, kernel = kept
-    plain = functools.partial(lax.conv_general_dilated, window_strides=(1, 1), padding=padding)
-    plain = functools.partial(plain, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    (to_x,) = jax.vjp(lambda x: plain(x, kernel), x)[1](slope)
+    plain = functools.partial(_convolve_narrow.fun, padding=padding)
+    (to_x,) = jax.linear_transpose(lambda x: plain(x, kernel), x)(slope)
     to_kernel = lax.platform_dependent(
         x,
         slope,
         cpu=functools.partial(_kernel_gradient, size=kernel.shape[:2], padding=padding),
-        default=lambda x, slope: jax.vjp(lambda kernel: plain(x, kernel), kernel)[1](slope)[0],
+        default=lambda x, slope: jax.linear_transpose(lambda kernel: plain(x, kernel), kernel)(slope)[0],
     )
     return to_x, to_kernel
 
