@@ -55,8 +55,8 @@ RUNS = {
     "stage1": ("stage1_tiny", 1500),
     "autoencoder256": ("autoencoder_tiny", 900),
     "depth": ("depth_tiny", 1500),
-    "stage2": ("stage2_tiny", 3600),
-    "stage2_no_depth": ("stage2_tiny_no_depth", 3600),
+    "stage2": ("stage2_tiny", 3000),
+    "stage2_no_depth": ("stage2_tiny_no_depth", 3000),
 }
 LEARNING_RATES = {"adamw": 1e-3, "muon": 3e-3}
 # Besides the config's own sampling, that with so many steps and no guidance is tried, by stage, and the best counts:
@@ -187,7 +187,7 @@ class Overfit:
         for draw in range(draws):
             made, _ = program.samples(state, frozen, program.place_batch(next(batches)), jax.random.key(draw))
             rows += [np.asarray(row) for row in made]
-        kinds = 2 if data.coarse is None else 3
+        kinds = 2 if config.data.coarse is None else 3
         if isinstance(config.task, AutoencoderTask):
             # It shows all views of all objects in one row.
             rows = [each for pair in zip(*(np.split(row, OBJECTS) for row in rows), strict=True) for each in pair]
