@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/convolutions.py
 
-Shapes are those of hi3d-tiny's U-Nets for one video, and the temporal convolution of the full size. `rate` is all three
-passes' arithmetic over the fastest round's time. PyTorch runs with channels last, its faster layout on CPUs.
+Shapes are those of hi3d-tiny's U-Nets for two videos, and the temporal convolution of the full size. `rate` is the
+arithmetic of all three passes over the fastest round's time. PyTorch has channels last, its faster layout on CPUs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from hi3d_jax.models.products import Padding, convolve
 SPATIAL, TEMPORAL = ((1, 1), (1, 1)), ((1, 1), (0, 0))
 # Input [n h w c], outputs d and padding; a temporal convolution's axes are (video, view, position, channel).
 CASES = {
-    "32 x 32, 32 to 32": ((16, 32, 32, 32), 32, SPATIAL),
-    "32 x 32, 64 to 32": ((16, 32, 32, 64), 32, SPATIAL),
-    "16 x 16, 64 to 64": ((16, 16, 16, 64), 64, SPATIAL),
-    "over views, 32 x 32, 32": ((1, 16, 1024, 32), 32, TEMPORAL),
-    "over views, 16 x 16, 64": ((1, 16, 256, 64), 64, TEMPORAL),
-    "over views, 32 x 32, 320": ((1, 16, 1024, 320), 320, TEMPORAL),
+    "32 x 32, 32 to 32": ((32, 32, 32, 32), 32, SPATIAL),
+    "32 x 32, 64 to 32": ((32, 32, 32, 64), 32, SPATIAL),
+    "16 x 16, 64 to 64": ((32, 16, 16, 64), 64, SPATIAL),
+    "over views, 32 x 32, 32": ((2, 16, 1024, 32), 32, TEMPORAL),
+    "over views, 16 x 16, 64": ((2, 16, 256, 64), 64, TEMPORAL),
+    "over views, 32 x 32, 320": ((2, 16, 1024, 320), 320, TEMPORAL),
 }
 
 

@@ -2,10 +2,10 @@
 
 Everywhere but on CPU these are XLA's own. XLA's CPU backend widens a bfloat16 product to float32 first and works at
 float32's rate; only a product whose result is declared float32 reaches the processor's bfloat16 units, nearly twice as
-fast. Its convolutions never do, so in bfloat16 they are written as such products. And it computes the gradient of a
-narrow convolution's kernel at a quarter of the convolution's own rate, or a tenth where kernels are one wide: these
-are written as products too. The choice is made when the program is lowered, so that one for TPU can be compiled on a
-machine without.
+fast. Its convolutions never do, so in bfloat16 they are written as such products. And it computes the gradient of
+kernels that are one wide at a tenth of the convolution's own rate, of narrow ones over many pictures at a quarter:
+these are written as products too. The choice is made when the program is lowered, so that one for TPU can be compiled
+on a machine without.
 """
 
 import functools
@@ -59,10 +59,12 @@ def convolve(
     )
     kh, kw, c, d = kernel.shape
     if x.dtype != jnp.bfloat16:
-        narrow = kw == 1 or (height * width >= 256 and 16 <= min(c, d) <= 64 and max(c, d) <= 128)
+        narrow = len(x) >= 32 and height * width >= 256 and 16 <= min(c, d) <= 64 and max(c, d) <= 128
         # Where there is nothing to gain, derivatives stay XLA's: forward ones, too.
         on_cpu = x.dtype == kernel.dtype == jnp.float32 and jax.default_backend() == "cpu"
-        return _convolve_narrow(x, kernel, padding) if narrow and stride == 1 and on_cpu else convolution(x, kernel)
+        if stride == 1 and (kw == 1 or narrow) and on_cpu:
+            return _convolve_narrow(x, kernel, padding)
+        return convolution(x, kernel)
     patch_bytes = height * width * kh * kw * c * x.dtype.itemsize
     if height * width < 256:
         by_products = functools.partial(_convolve_taps, stride=stride, padding=padding)
