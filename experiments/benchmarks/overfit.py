@@ -62,7 +62,7 @@ LEARNING_RATES = {"adamw": 1e-3, "muon": 3e-3}
 # Besides the config's own sampling, that with so many steps and no guidance is tried, by stage, and the best counts:
 # the tiny configs' steps fit what hi3d-tiny has learnt, not networks that know four objects or hardly know anything.
 SAMPLING_STEPS = {1: (6, 10), 2: (2, 4, 6)}
-# Degraded videos of each object that stage 2 learns from, encoded beforehand: that is half of a step's time.
+# Degraded videos of each object that stage 2 learns from, encoded beforehand: that is most of a step's time.
 EXAMPLES = 60
 # Degraded videos of each object that stage 2 is asked to refine.
 DRAWS = 2
