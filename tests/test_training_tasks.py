@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hi3d_jax.models.depth import depth_input
 from hi3d_jax.models.unet import UNetConfig
 from hi3d_jax.models.vae import Posterior
 from hi3d_jax.pretrained import from_pretrained, parameters
@@ -17,7 +18,7 @@ from hi3d_jax.training import sharding
 from hi3d_jax.training.batches import example_orbit
 from hi3d_jax.training.config import DataConfig, LoRAConfig, MeshConfig, OptimizerConfig, TrainConfig
 from hi3d_jax.training.program import TrainProgram, count_parameters
-from hi3d_jax.training.tasks import StageTask
+from hi3d_jax.training.tasks import DepthTask, StageTask
 from hi3d_jax.training.tasks.autoencoder import kl, random_crops
 from hi3d_jax.training.tasks.depth import aligned, gradient_matching, stretched
 from hi3d_jax.training.tasks.pictures import grid, over_white, psnr
@@ -177,3 +178,31 @@ def test_disparity_counts_up_to_scale_and_shift():
     assert np.isfinite(jax.grad(lambda x: aligned(x).sum())(jnp.ones((1, 16, 16)))).all()
     ramp = jnp.broadcast_to(jnp.arange(16.0).reshape(1, 1, 16), (1, 16, 16))
     assert float(gradient_matching(ramp)) == pytest.approx(1 + 2 + 4 + 8)
+
+
+def test_depth_is_learnt_from_what_stage_2_shows():
+    rng, shown = np.random.default_rng(0), []
+    depths = np.zeros((1, 2, 256, 256), np.float32)
+    depths[:, 1, :, :128] = 1.25
+    batch = {
+        "views": jnp.asarray(rng.integers(256, size=(1, 2, 256, 256, 4)), jnp.uint8),
+        "coarse": jnp.asarray(rng.integers(256, size=(1, 2, 256, 256, 3)), jnp.uint8),
+        "depths": jnp.asarray(depths),
+    }
+    half = np.where(np.arange(96) < 48, 0.8, 1 / 2.4) * np.ones((96, 1))
+
+    class Knowing(nnx.Module):
+        def __call__(self, images):
+            shown.append(images)
+            return jnp.asarray(np.stack([np.ones((96, 96)), 7 * half - 3]), jnp.float32)
+
+    networks = {"depth": Knowing()}
+    task = DepthTask(log_noise=(-20.0, 0.0), anchor_weight=0.0)
+    loss, _ = task.loss(networks, batch, jax.random.key(0))
+    assert float(loss) == pytest.approx(0, abs=1e-5), "the truth at the network's size, up to scale and shift"
+    np.testing.assert_allclose(shown[0], depth_input(over_white(batch["coarse"][0])), atol=1e-4)
+    rows, _ = task.samples(networks, {**batch, "depths": jnp.asarray(depths[..., ::-1])}, jax.random.key(0))
+    np.testing.assert_allclose(rows[1][1, ..., 0], -rows[2][1, ..., 0], atol=1e-5)
+    del batch["coarse"]
+    task.loss(networks, batch, jax.random.key(0))
+    np.testing.assert_allclose(shown[-1], depth_input(over_white(batch["views"][0])), atol=1e-4)

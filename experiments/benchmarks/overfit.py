@@ -54,7 +54,7 @@ RUNS = {
     "autoencoder128": ("autoencoder_tiny", 600),
     "stage1": ("stage1_tiny", 1500),
     "autoencoder256": ("autoencoder_tiny", 900),
-    "depth": ("depth_tiny", 1500),
+    "depth": ("depth_tiny", 2000),
     "stage2": ("stage2_tiny", 3000),
     "stage2_no_depth": ("stage2_tiny_no_depth", 3000),
 }

@@ -1,8 +1,8 @@
 """hi3d-tiny's depth network: disparity of single views, learnt from rendered depths.
 
-MiDaS's loss (Ranftl et al. 2020) and DPT-hybrid's architecture (Ranftl et al. 2021) at small size. Views are 96 pixels
-wide: what the second stage shows it of its 256. It makes the depth condition of paper section 4.3, for which the paper
-takes a trained network as it is.
+MiDaS's loss (Ranftl et al. 2020) and DPT-hybrid's architecture (Ranftl et al. 2021) at small size. It makes the depth
+condition of paper section 4.3, for which the paper takes a trained network as it is. It learns from what the second
+stage will show it, degraded views of 256 pixels made 96 wide, one in four of them clean.
 
 Hardware: two CPU cores.
 Expected: not known yet; no run has been finished. Watch `validation` in metrics.jsonl.
@@ -10,6 +10,7 @@ Expected: not known yet; no run has been finished. Watch `validation` in metrics
     python experiments/train.py --config=depth_tiny --data.folder=DATASET --data.validation_folder=DATASET2
 """
 
+from hi3d_jax.data.loader import CoarseConfig
 from hi3d_jax.models.depth_backbone import DPTConfig
 from hi3d_jax.training.config import CheckpointConfig, DataConfig, LogConfig, OptimizerConfig, TrainConfig
 from hi3d_jax.training.tasks import DepthTask
@@ -34,7 +35,9 @@ def get_config() -> TrainConfig:
         ),
         folder="runs/depth_tiny",
         steps=20_000,
-        data=DataConfig(batch_size=8, num_views=2, image_size=96, category_power=0.5, depths=True),
+        data=DataConfig(
+            batch_size=4, num_views=4, image_size=256, category_power=0.5, depths=True, coarse=CoarseConfig()
+        ),
         optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=200, ema_decay=0.999),
         checkpoint=CheckpointConfig(every_steps=500),
         log=LogConfig(every_steps=25, samples_every_steps=500, validate_every_steps=500),

@@ -1,7 +1,8 @@
 """hi3d-tiny's second stage: coarse views at 256 x 256 pixels become finer ones, learnt from scratch.
 
 Paper section 4.3 with the `paper` recipe at small size: the depth of the coarse views is a condition, and coarse views
-are degraded true ones, mixed with outputs of stage 1 where `data.stage1_folder` has some.
+are degraded true ones, mixed with outputs of stage 1 where `data.stage1_folder` has some. The depth network's maps keep
+their 96 x 96 cells, as in the released code, where the paper shrinks them to the latents' 32 x 32.
 
 Hardware: two CPU cores.
 Expected: not known yet; no run on many objects has been finished. Of four objects, 3,000 steps of one video learn views
@@ -28,9 +29,9 @@ from hi3d_jax.training.tasks import StageTask
 def get_config() -> TrainConfig:
     return TrainConfig(
         task=StageTask(
-            recipe=dataclasses.replace(Recipe.paper(2), image_size=256),
+            recipe=dataclasses.replace(Recipe.paper(2), image_size=256, depth_unfold=3),
             unet=UNetConfig(
-                in_channels=9,
+                in_channels=17,
                 vector_dim=512,
                 context_dim=128,
                 block_channels=(32, 64, 64),

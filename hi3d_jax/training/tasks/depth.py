@@ -1,5 +1,8 @@
 """The depth network's training on rendered truth: MiDaS's scale- and shift-invariant loss (Ranftl et al. 2020).
 
+The network is shown what stage 2 shows it: pictures of stage 2's size under a little noise, made smaller. With
+`data.coarse` they are degraded views, and the network learns to see the true shape in them.
+
 Disparity is 1 / depth. Where nothing is, the truth is that of `far`, behind every object of the data set, so that
 stretching a map to [0, 1] puts the background at 0.
 """
@@ -15,7 +18,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from hi3d_jax.models.depth import DPT
+from hi3d_jax.models.depth import DPT, depth_input
 from hi3d_jax.models.depth_backbone import DPTConfig
 from hi3d_jax.training.networks import NetworkSpec, Specs
 from hi3d_jax.training.tasks.pictures import over_white
@@ -50,12 +53,12 @@ class DepthTask:
     def loss(
         self, networks: Mapping[str, nnx.Module], batch: Mapping[str, Array], key: Array
     ) -> tuple[Array, dict[str, Array]]:
-        """The mean loss of `views` [b t h w 4] with `depths` [b t h w], and its parts."""
+        """The mean loss of `views` [b t h w 4], or `coarse` [b t h w 3], with `depths` [b t h w], and its parts."""
         images, truth = self._examples(batch)
         strength_key, noise_key = jax.random.split(key)
         mean, std = self.log_noise
         strength = jnp.exp(mean + std * jax.random.normal(strength_key, (len(images), 1, 1, 1)))
-        made = networks["depth"](images + strength * jax.random.normal(noise_key, images.shape))
+        made = networks["depth"](depth_input(images + strength * jax.random.normal(noise_key, images.shape)))
         error = aligned(made) - aligned(truth)
         absolute, edges = jnp.abs(error).mean(), gradient_matching(error)
         anchor = jnp.abs(made - stretched(truth)).mean()
@@ -63,15 +66,20 @@ class DepthTask:
         return total, {"aligned_error": absolute, "edges": edges, "anchor": anchor, "alive": (made > 0).mean()}
 
     def _examples(self, batch: Mapping[str, Array]) -> tuple[Array, Array]:
-        images, depths = over_white(batch["views"]), batch["depths"]
-        images, depths = images.reshape(-1, *images.shape[2:]), depths.reshape(-1, *depths.shape[2:])
-        return images, 1 / jnp.where(depths > 0, depths, self.far)
+        """Pictures in [-1, 1], and true disparity at the size in which the network sees them."""
+        pictures = over_white(batch["coarse"] if "coarse" in batch else batch["views"])
+        pictures, depths = (x.reshape(-1, *x.shape[2:]) for x in (pictures, batch["depths"]))
+        rows, columns = jax.eval_shape(depth_input, pictures).shape[1:3]
+        # Unmixed: between an edge and what is behind it nothing is.
+        depths = jax.image.resize(depths, (len(depths), rows, columns), "nearest")
+        return pictures, 1 / jnp.where(depths > 0, depths, self.far)
 
     def samples(
         self, networks: Mapping[str, nnx.Module], batch: Mapping[str, Array], key: Array
     ) -> tuple[list[Array], dict[str, Array]]:
-        """Rows of pictures, and scalars: views, true and learnt disparity stretched to [0, 1]."""
+        """Rows of pictures, and scalars: what is shown, true and learnt disparity stretched to [0, 1]."""
         images, truth = self._examples(batch)
+        images = depth_input(images)
         truth, made = stretched(truth), stretched(networks["depth"](images))
         pictures = [jnp.repeat(2 * x[..., None] - 1, 3, axis=-1) for x in (truth, made)]
         return [images, *pictures], {"stretched_error": jnp.abs(made - truth).mean()}
