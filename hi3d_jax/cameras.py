@@ -135,12 +135,12 @@ def orbit(
     return Cameras(c2w, K, width, height)
 
 
-def azimuths_deg(cameras: Cameras) -> Float[np.ndarray, "t"]:
+def azimuths_deg(cameras: Cameras) -> Float[np.ndarray, " t"]:
     """Azimuth of each camera's position, in [0, 360)."""
     return np.degrees(np.arctan2(cameras.centres[:, 1], cameras.centres[:, 0])) % 360
 
 
-def elevations_deg(cameras: Cameras) -> Float[np.ndarray, "t"]:
+def elevations_deg(cameras: Cameras) -> Float[np.ndarray, " t"]:
     """Elevation of each camera's position, in [-90, 90]."""
     return np.degrees(np.arctan2(cameras.centres[:, 2], np.hypot(cameras.centres[:, 0], cameras.centres[:, 1])))
 

@@ -36,7 +36,7 @@ class VisualHull:
         """Distance between neighbouring samples."""
         return float(self.upper[0] - self.lower[0]) / (self.sdf.shape[0] - 1)
 
-    def sample(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n"]:
+    def sample(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
         """Signed distances at world `points`, trilinear; points outside the cube get the value at its border."""
         index = (points - self.lower) / self.spacing
         return ndimage.map_coordinates(self.sdf, index.T, order=1, mode="nearest")
@@ -67,7 +67,7 @@ def carve(
     return VisualHull(sdf.reshape((resolution,) * 3).astype(np.float32), lower, upper)
 
 
-def _distance_to_cone(points, alpha, camera: Cameras) -> Float[np.ndarray, "n"]:
+def _distance_to_cone(points, alpha, camera: Cameras) -> Float[np.ndarray, " n"]:
     """Signed distance of `points` to the cone that one mask spans, -inf where the view knows nothing."""
     silhouette = silhouette_distance(alpha)
     pixels, depth = (array[0] for array in project(points, camera))

@@ -8,8 +8,9 @@ import pytest
 from hi3d_jax import cameras
 from hi3d_jax.splatting import reference
 from hi3d_jax.splatting.gaussians import Gaussians
+from hi3d_jax.splatting.projection import Footprints
 from hi3d_jax.splatting.rasterize import capacity_for, light_stops, render
-from hi3d_jax.splatting.tiles import Capacity
+from hi3d_jax.splatting.tiles import TILE, Capacity, bin_footprints, needed_capacity
 
 WIDTH, HEIGHT = 45, 38  # no multiple of the tile size
 FIELDS = ("means", "quats", "log_scales", "opacity_logits", "sh")
@@ -169,6 +170,29 @@ def test_gradients_stay_finite_at_degenerate_parameters(tests):
     gradient = jax.grad(lambda g: total(render(g, w2c, K, WIDTH, HEIGHT, 1.0, capacity), tests))(gaussians)
     for name in FIELDS:
         assert np.isfinite(getattr(gradient, name)).all(), name
+
+
+@pytest.mark.parametrize(("count", "size"), [(2_000, 256), (140_000, 1024)])
+def test_every_tile_lists_its_gaussians_front_to_back_also_where_keys_do_not_fit_in_one_word(count, size):
+    rng = np.random.default_rng(0)
+    means, depths = rng.uniform(-20, size + 20, (count, 2)), rng.uniform(1, 2, count)
+    reach = np.where(np.arange(count)[:, None] % 10 == 0, -1.0, rng.uniform(0, 6, (count, 2)))
+    zeros = (np.zeros((count, 3)), np.zeros(count), np.zeros((count, 3)))
+    parts = (means, zeros[0], depths, zeros[1], zeros[2], reach)
+    footprints = Footprints(*(jnp.asarray(part, jnp.float32) for part in parts))
+    lists = bin_footprints(footprints, size, size, Capacity(*needed_capacity(footprints, size, size).tolist()))
+    assert not lists.overflow
+    means, _, depths, *_, reach = (np.asarray(part) for part in footprints)
+    columns = size // TILE
+    for group in np.flatnonzero(np.diff(lists.first_steps))[:: max(len(lists.tiles) // 5, 1)]:
+        for place in (0, 17):
+            tile = int(lists.tiles[group, place])
+            begun, ended = lists.first_steps[group : group + 2]
+            listed = np.asarray(lists.members[begun:ended, :, place]).reshape(-1)
+            first = np.array([tile % columns, tile // columns]) * TILE + 0.5
+            touched = (means + reach >= first) & (means - reach <= first + TILE - 1) & (reach >= 0)
+            expected = np.flatnonzero(touched.all(axis=1))
+            np.testing.assert_array_equal(listed[listed < count], expected[np.argsort(depths[expected])])
 
 
 def test_too_small_a_capacity_shows():

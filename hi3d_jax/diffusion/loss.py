@@ -19,8 +19,8 @@ def edm_loss(
     network: Network,
     latents: Float[Array, "b t h w c"],
     noise: Float[Array, "b t h w c"],
-    sigma: Float[Array, "b"],
-) -> Float[Array, "b"]:
+    sigma: Float[Array, " b"],
+) -> Float[Array, " b"]:
     """The mean over each video of (sigma^2 + 1) / sigma^2 |D(latents + sigma noise; sigma) - latents|^2.
 
     `network` is F, as for `precondition`; `latents` are scaled, `noise` is standard normal. That weight is 1 /

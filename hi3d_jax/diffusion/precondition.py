@@ -14,8 +14,8 @@ from jax import Array
 from jaxtyping import Float
 
 # (scaled noisy, c_noise) -> F, and (noisy, sigma) -> denoised; the second argument has one number per video.
-Network = Callable[[Float[Array, "b t h w c"], Float[Array, "b"]], Float[Array, "b t h w c"]]
-Denoise = Callable[[Float[Array, "b t h w c"], Float[Array, "b"]], Float[Array, "b t h w c"]]
+Network = Callable[[Float[Array, "b t h w c"], Float[Array, " b"]], Float[Array, "b t h w c"]]
+Denoise = Callable[[Float[Array, "b t h w c"], Float[Array, " b"]], Float[Array, "b t h w c"]]
 
 
 class Scalings(NamedTuple):
@@ -36,7 +36,7 @@ def scalings(sigma: Float[Array, "*n"]) -> Scalings:
 def precondition(network: Network) -> Denoise:
     """The denoise function of a network that predicts v."""
 
-    def denoise(noisy: Float[Array, "b t h w c"], sigma: Float[Array, "b"]) -> Float[Array, "b t h w c"]:
+    def denoise(noisy: Float[Array, "b t h w c"], sigma: Float[Array, " b"]) -> Float[Array, "b t h w c"]:
         s = scalings(sigma)
         f = network(per_video(s.c_in, noisy) * noisy, s.c_noise)
         return per_video(s.c_skip, noisy) * noisy + per_video(s.c_out, noisy) * f
@@ -44,6 +44,6 @@ def precondition(network: Network) -> Denoise:
     return denoise
 
 
-def per_video(values: Float[Array, "b"], like: Float[Array, "b *n"]) -> Float[Array, "b *ones"]:
+def per_video(values: Float[Array, " b"], like: Float[Array, " b *n"]) -> Float[Array, " b *ones"]:
     """One number per video, shaped to act on all of the video's numbers."""
     return values.reshape(-1, *(1,) * (like.ndim - 1))

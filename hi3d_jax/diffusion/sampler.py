@@ -30,7 +30,7 @@ class Stepped(NamedTuple):
 
 
 def initial_noisy(
-    noise: Float[Array, "b t h w c"], sigmas: Float[Array | np.ndarray, "n"]
+    noise: Float[Array, "b t h w c"], sigmas: Float[Array | np.ndarray, " n"]
 ) -> Float[Array, "b t h w c"]:
     """Standard normal `noise` as latents of the first noise level: data and noise have variance 1 + sigma^2."""
     return noise * jnp.sqrt(1 + sigmas[0] ** 2)
@@ -60,7 +60,7 @@ def heun_step(denoise: Denoise, noisy: Float[Array, "b t h w c"], sigma: Scalar,
 def euler(
     denoise: Denoise,
     noisy: Float[Array, "b t h w c"],
-    sigmas: Float[Array | np.ndarray, "n"],
+    sigmas: Float[Array | np.ndarray, " n"],
     before_step: BeforeStep | None = None,
 ) -> Float[Array, "b t h w c"]:
     """Euler steps from the first noise level to the last: `noisy` comes from `initial_noisy`, `sigmas` end in 0."""
@@ -70,7 +70,7 @@ def euler(
 def heun(
     denoise: Denoise,
     noisy: Float[Array, "b t h w c"],
-    sigmas: Float[Array | np.ndarray, "n"],
+    sigmas: Float[Array | np.ndarray, " n"],
     before_step: BeforeStep | None = None,
 ) -> Float[Array, "b t h w c"]:
     """Heun steps from the first noise level to the last; see `euler`."""
@@ -89,7 +89,7 @@ def _scan(step: Callable, denoise: Denoise, noisy: Array, sigmas, before_step: B
     return jax.lax.scan(body, noisy, levels)[0]
 
 
-def blend_weights(num_steps: int, exponent: float = 40.0) -> Float[np.ndarray, "{num_steps}"]:
+def blend_weights(num_steps: int, exponent: float = 40.0) -> Float[np.ndarray, " {num_steps}"]:
     """How much of the coarse views each step starts from: ((1 + cos(i / num_steps)) / 2)^exponent, 1 at first.
 
     Without pi in the cosine, as in the released code; with its exponent 40 and 25 steps it is 0.2 at step 10 and

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 def karras_sigmas(
     num_steps: int, sigma_min: float = 0.002, sigma_max: float = 700.0, rho: float = 7.0
-) -> Float[np.ndarray, "{num_steps}+1"]:
+) -> Float[np.ndarray, " {num_steps}+1"]:
     """From `sigma_max` down to `sigma_min` in `num_steps` levels, evenly spaced in sigma^(1/rho), then 0; float32.
 
     The defaults are those of SVD and Hi3D (HI3D.md section 4). Raises `ValueError` for levels that do not descend.

@@ -82,7 +82,7 @@ def load_network(name: str, folder: str | Path | None = None) -> nnx.Module:
     return with_parameters(abstract, lambda path, spec: jnp.asarray(values[path].reshape(spec.shape)))
 
 
-def _lpips_values(config: LPIPSConfig, _=None) -> dict[str, Float[np.ndarray, "_"]]:
+def _lpips_values(config: LPIPSConfig, _=None) -> dict[str, Float[np.ndarray, " _"]]:
     file = ALEX_FILE if config.network == "alex" else VGG_FILE
     return dict(zip(_lpips_order(config), _floats(_checked(file)), strict=True))
 
@@ -93,14 +93,14 @@ def _lpips_order(config: LPIPSConfig) -> list[str]:
     return convs + [f"heads.{index}" for index in range(5)]
 
 
-def _dists_values(*_) -> Mapping[str, Float[np.ndarray, "_"]]:
+def _dists_values(*_) -> Mapping[str, Float[np.ndarray, " _"]]:
     data = _checked(DISTS_FILE)
     values = {name: np.frombuffer(data, "<f4", 1475, offset) for name, offset in DISTS_OFFSETS.items()}
     convs = {path: value for path, value in _lpips_values(LPIPSConfig.vgg()).items() if path.startswith("convs.")}
     return values | convs
 
 
-def _floats(pickle: bytes) -> Iterator[Float[np.ndarray, "_"]]:
+def _floats(pickle: bytes) -> Iterator[Float[np.ndarray, " _"]]:
     """The byte strings of a pickle, as float32; its opcodes are decoded, not executed."""
     for opcode, argument, _ in pickletools.genops(pickle):
         if opcode.name == "BINBYTES":

@@ -45,7 +45,7 @@ class AestheticPredictor(nnx.Module):
             for before, after in zip(config.widths, config.widths[1:], strict=False)
         )
 
-    def __call__(self, embedding: Float[Array, "b c"]) -> Float[Array, "b"]:
+    def __call__(self, embedding: Float[Array, "b c"]) -> Float[Array, " b"]:
         """The score (about 5 for ordinary pictures) of unnormalised CLIP embeddings."""
         embedding = embedding.astype(jnp.float32)
         x = embedding * jax.lax.rsqrt(jnp.sum(embedding**2, axis=-1, keepdims=True))

@@ -45,7 +45,7 @@ class DISTS(nnx.Module):
         self.alpha = nnx.Param(jnp.full((sum(WIDTHS),), 0.1, param_dtype))
         self.beta = nnx.Param(jnp.full((sum(WIDTHS),), 0.1, param_dtype))
 
-    def __call__(self, images: Float[Array, "b h w 3"], references: Float[Array, "b h w 3"]) -> Float[Array, "b"]:
+    def __call__(self, images: Float[Array, "b h w 3"], references: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
         """Distances of images in [-1, 1], as LPIPS takes them. Raises `ValueError` for images too small to pool."""
         if min(images.shape[1:3]) < MIN_SIDE:
             raise ValueError(f"DISTS got images of {images.shape[1:3]}; it needs {MIN_SIDE} pixels or more")

@@ -32,7 +32,7 @@ def scalar_vector(values: Shaped[Array, "b n"]) -> Float[Array, "b 256*n"]:
     return sinusoidal_embedding(values, VECTOR_DIM).reshape(len(values), -1)
 
 
-def aesthetic_vector(score: Float[Array, "b"]) -> Float[Array, "b 256"]:
+def aesthetic_vector(score: Float[Array, " b"]) -> Float[Array, "b 256"]:
     """Stage 1's aesthetic slot: the raw score, then the sinusoid of a hundred times the score in 255 numbers."""
     score = score.astype(jnp.float32)
     wave = sinusoidal_embedding(AESTHETIC_SCALE * score, VECTOR_DIM - 1)

@@ -49,7 +49,7 @@ def torch_uniform(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, 
     return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
 
 
-def along_channels(vector: Float[Array, "c"], ndim: int, dtype: Any) -> Array:
+def along_channels(vector: Float[Array, " c"], ndim: int, dtype: Any) -> Array:
     """A per-channel vector shaped to act on an array of `ndim` axes, channels last."""
     return vector.astype(dtype).reshape((1,) * (ndim - 1) + (-1,))
 

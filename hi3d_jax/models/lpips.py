@@ -90,7 +90,7 @@ class LPIPS(nnx.Module):
             if layer.compared
         )
 
-    def __call__(self, images: Float[Array, "b h w 3"], references: Float[Array, "b h w 3"]) -> Float[Array, "b"]:
+    def __call__(self, images: Float[Array, "b h w 3"], references: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
         """Distances of images in [-1, 1], 0 for equal ones; the gradient is finite everywhere.
 
         Raises `ValueError` for images too small for the network's pools.

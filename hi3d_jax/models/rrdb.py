@@ -70,7 +70,7 @@ class DenseBlocks(nnx.Module):
 
 
 def dense_block(
-    x: Float[Array, "b h w c"], weights: list[tuple[Float[Array, "3 3 _ _"], Float[Array, "_"]]]
+    x: Float[Array, "b h w c"], weights: list[tuple[Float[Array, "3 3 _ _"], Float[Array, " _"]]]
 ) -> Float[Array, "b h w c"]:
     """Each convolution sees the input and all earlier results; the last one is added to the input."""
     found = [x]

@@ -156,7 +156,7 @@ class UNet(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t h w c"],
-        c_noise: Float[Array, "b"] | Float[Array, "b t"],
+        c_noise: Float[Array, " b"] | Float[Array, "b t"],
         vector: Float[Array, "b d"] | Float[Array, "b t d"],
         image_token: Float[Array, "b m e"] | Float[Array, "b t m e"],
         image_only: Float[Array, "b t"] | None = None,

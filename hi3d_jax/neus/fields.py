@@ -23,7 +23,7 @@ from hi3d_jax.neus.hash_grid import HashGridConfig
 SOFTPLUS_BETA = 100.0
 
 # Each layer has sizes of its own, so its shapes carry no names.
-Layers = tuple[tuple[Float[Array, "_ _"], Float[Array, "_"]], ...]
+Layers = tuple[tuple[Float[Array, "_ _"], Float[Array, " _"]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +95,8 @@ def evaluate(
     config: FieldConfig,
     points: Float[Array, "3 n"],
     directions: Float[Array, "3 n"],
-    level_weights: Float[Array, "levels"],
-) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "features n"]]:
+    level_weights: Float[Array, " levels"],
+) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, "features n"]]:
     """Signed distance, its derivative along `directions`, and the inputs of `colour`, at world `points`.
 
     `level_weights` in [0, 1] fades the levels of the hash grid in, coarse to fine. Points outside the cube are clamped.
@@ -122,8 +122,8 @@ def evaluate(
 
 
 def value_and_gradient(
-    fields: Fields, config: FieldConfig, points: Float[Array, "3 n"], level_weights: Float[Array, "levels"]
-) -> tuple[Float[Array, "n"], Float[Array, "3 n"]]:
+    fields: Fields, config: FieldConfig, points: Float[Array, "3 n"], level_weights: Float[Array, " levels"]
+) -> tuple[Float[Array, " n"], Float[Array, "3 n"]]:
     """The signed distance and its analytic gradient by world position: the outward normal after normalising."""
 
     def along(axis):

@@ -76,7 +76,7 @@ class FittedSurface:
     fields: Fields
     config: FieldConfig
 
-    def sdf(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n"]:
+    def sdf(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
         """Signed distances, negative inside."""
         return self._evaluate(points)[0]
 

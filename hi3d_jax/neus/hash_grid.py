@@ -96,7 +96,7 @@ encode.defvjp(_encode_forward, _encode_backward)
 
 def interpolate(
     grid: Float[Array, "r r r"], positions: Float[Array, "3 n"], directions: Float[Array, "3 n"]
-) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     """Trilinear values of a dense grid [x y z] over the unit cube, and their derivatives along `directions`;
     differentiable in `grid` only."""
     config = HashGridConfig(num_levels=1, features=1, base_resolution=grid.shape[0] - 1)

@@ -66,7 +66,7 @@ def transmittance(alpha: Float[Array, "s n"]) -> Float[Array, "s n"]:
 
 def cube_span(
     origins: Float[Array, "3 n"], directions: Float[Array, "3 n"], half_side: float
-) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     """Distances at which rays enter and leave the cube; for rays that miss it, a span of no length."""
     safe = jnp.where(jnp.abs(directions) < 1e-9, 1e-9, directions)
     a, b = (-half_side - origins) / safe, (half_side - origins) / safe
@@ -111,7 +111,7 @@ def sample_distances(
 def render_rays(
     fields: Fields,
     config: FieldConfig,
-    level_weights: Float[Array, "levels"],
+    level_weights: Float[Array, " levels"],
     origins: Float[Array, "3 n"],
     directions: Float[Array, "3 n"],
     distances: Float[Array, "edges n"],

@@ -37,10 +37,10 @@ class ConditionParts(NamedTuple):
 
     image_token: Float[Array, "b e"]
     latents: Float[Array, "b t2 h w c"]
-    elevation_deg: Float[Array, "b"]
-    cond_aug: Float[Array, "b"]
+    elevation_deg: Float[Array, " b"]
+    cond_aug: Float[Array, " b"]
     depth: Float[Array, "b t h w k"] | None = None
-    aesthetic: Float[Array, "b"] | None = None
+    aesthetic: Float[Array, " b"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Encoders:
     latents: Callable[[Images], Float[Array, "n h2 w2 c"]]
     # Only for recipes that have the condition.
     depth: Callable[[Images], Float[Array, "n h2 w2 k"]] | None = None
-    aesthetic: Callable[[Images], Float[Array, "n"]] | None = None
+    aesthetic: Callable[[Images], Float[Array, " n"]] | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, networks: Mapping[str, Any]) -> Encoders:
@@ -79,7 +79,7 @@ def image_token(encoder: Callable[[Array], Array], images: Images) -> Float[Arra
 
 def aesthetic_score(
     encoder: Callable[[Array], Array], predictor: Callable[[Array], Array], images: Images
-) -> Float[Array, "n"]:
+) -> Float[Array, " n"]:
     """How much people would like the pictures, about 5; in SVD's slot for the frame rate."""
     return predictor(encoder(aesthetic_input(images))).astype(jnp.float32)
 
@@ -96,10 +96,10 @@ def encode(
     recipe: Recipe,
     encoders: Encoders,
     image: Float[Array, "b h w 3"],
-    elevation_deg: Float[Array, "b"],
+    elevation_deg: Float[Array, " b"],
     noise: Float[Array, "b t h w 3"],
     coarse: Float[Array, "b t h w 3"] | None = None,
-    cond_aug: Float[Array, "b"] | None = None,
+    cond_aug: Float[Array, " b"] | None = None,
     aesthetic_image: Float[Array, "b h w 3"] | None = None,
 ) -> ConditionParts:
     """The conditions of videos that show the object of `image`, view 0, from `elevation_deg`.

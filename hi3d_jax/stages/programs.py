@@ -49,7 +49,7 @@ def encode_token(graphdef: Any, params: Any, images: Float[Array, "n h w 3"]) ->
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def score(graphdef: Any, params: Any, images: Float[Array, "n h w 3"]) -> Float[Array, "n"]:
+def score(graphdef: Any, params: Any, images: Float[Array, "n h w 3"]) -> Float[Array, " n"]:
     """The aesthetic encoder and predictor on pictures in [-1, 1]."""
     return conditioning.aesthetic_score(*nnx.merge(graphdef, params), images)
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from hi3d_jax import mesh as meshes
 from hi3d_jax import neus, splatting, visual_hull

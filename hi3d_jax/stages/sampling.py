@@ -69,7 +69,7 @@ def denoise_step(
     params: Any,
     noisy: Float[Array, "b t h w c"],
     level: NoiseLevel,
-    guidance_scale: Float[Array, "t"],
+    guidance_scale: Float[Array, " t"],
     conditions: Conditions,
     blending: Blending | None = None,
     *,
