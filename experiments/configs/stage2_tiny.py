@@ -6,7 +6,7 @@ their 96 x 96 cells, as in the released code, where the paper shrinks them to th
 
 Hardware: two CPU cores.
 Expected: not known yet; no run on many objects has been finished. Of four objects, 3,000 steps of one video learn views
-of 29.7 dB from degraded ones that bicubic enlargement leaves at 21.9 dB, 26.4 dB with a clean background
+of 29.6 dB from degraded ones that bicubic enlargement leaves at 21.9 dB, 26.4 dB with a clean background
 (experiments/benchmarks/overfit.py).
 
     python experiments/train.py --config=stage2_tiny --task.networks STAGE1_FOLDER DEPTH_FOLDER --data.folder=DATASET \\
