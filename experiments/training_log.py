@@ -4,8 +4,8 @@
     training_log.png    the curves
     attributions.csv    of each object of the data set: name, licence, whom it is by, where it comes from
 
-What is said is read from the runs' config.json and metrics.jsonl and from the data set's manifest. So what lies beside
-hi3d-tiny's weights was written:
+What is said is read from the runs' config.json and metrics.jsonl and from the data set's manifest. For a model of both
+stages:
 
     python experiments/training_log.py runs/autoencoder_tiny runs/depth_tiny runs/stage1_tiny runs/stage2_tiny \\
         -o hi3d_jax/weights/tiny --dataset train256

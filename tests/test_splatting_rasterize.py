@@ -175,14 +175,18 @@ def test_gradients_stay_finite_at_degenerate_parameters(tests):
 @pytest.mark.parametrize(("count", "size"), [(2_000, 256), (140_000, 1024)])
 def test_every_tile_lists_its_gaussians_front_to_back_also_where_keys_do_not_fit_in_one_word(count, size):
     rng = np.random.default_rng(0)
-    means, depths = rng.uniform(-20, size + 20, (count, 2)), rng.uniform(1, 2, count)
-    reach = np.where(np.arange(count)[:, None] % 10 == 0, -1.0, rng.uniform(0, 6, (count, 2)))
-    zeros = (np.zeros((count, 3)), np.zeros(count), np.zeros((count, 3)))
-    parts = (means, zeros[0], depths, zeros[1], zeros[2], reach)
-    footprints = Footprints(*(jnp.asarray(part, jnp.float32) for part in parts))
+    means, depths, reach = (
+        part.astype(np.float32)
+        for part in (
+            rng.uniform(-20, size + 20, (count, 2)),
+            rng.uniform(1, 2, count),
+            np.where(np.arange(count)[:, None] % 10 == 0, -1.0, rng.uniform(0, 6, (count, 2))),
+        )
+    )
+    unused = jnp.zeros((count, 3))
+    footprints = Footprints(*map(jnp.asarray, (means, unused, depths, unused[:, 0], unused, reach)))
     lists = bin_footprints(footprints, size, size, Capacity(*needed_capacity(footprints, size, size).tolist()))
     assert not lists.overflow
-    means, _, depths, *_, reach = (np.asarray(part) for part in footprints)
     columns = size // TILE
     for group in np.flatnonzero(np.diff(lists.first_steps))[:: max(len(lists.tiles) // 5, 1)]:
         for place in (0, 17):
