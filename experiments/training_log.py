@@ -9,6 +9,9 @@ stages:
 
     python experiments/training_log.py runs/autoencoder_tiny runs/depth_tiny runs/stage1_tiny runs/stage2_tiny \\
         -o hi3d_jax/weights/tiny --dataset train256
+
+A model is trained in many sittings, on other machines and other data: with --append the three files go on where they
+end.
 """
 
 from __future__ import annotations
@@ -24,13 +27,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
+from PIL import Image
 
 from hi3d_jax.atomic import written_aside
 from hi3d_jax.data.record_folder import RecordFolder
 from hi3d_jax.training.config import TrainConfig
 from hi3d_jax.training.loop import load_config
 
+CREDITS_FILE = "attributions.csv"
+HEAD = "run", "steps", "a step", "learning rate at the end", "hours", "seed", "data", "machine", "held out, at the end"
 CREDITS = ("object_id", "name", "licence", "attribution", "source")
 
 
@@ -46,6 +53,8 @@ class Arguments:
     """The data set that they learnt from."""
     machine: str = ""
     """What they ran on, in words; this machine if not given."""
+    append: bool = False
+    """Go on with the log that is in the folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +99,8 @@ class Log:
             before = line["step"]
         return seconds / 3600
 
-    def row(self) -> list[str]:
-        """The run's line of the table."""
+    def row(self, orbits: int, machine: str) -> list[str]:
+        """The run's line of the table, under `HEAD`."""
         config = self.config
         held_out = self.lines.get("validation", [{}])[-1]
         shown = {name: value for name, value in held_out.items() if name in ("loss", "psnr", "lpips")}
@@ -106,15 +115,23 @@ class Log:
             f"{self.lines['train'][-1]['learning_rate']:.1g}",
             f"{self.hours:.2f}",
             str(config.seed),
+            f"{orbits:,} orbits",
+            machine,
             ", ".join(f"{name} {value:.4g}" for name, value in shown.items()) or "none",
         ]
 
 
-def table(logs: Sequence[Log]) -> str:
-    """The runs side by side, as Markdown."""
-    head = ["run", "steps", "a step", "learning rate at the end", "hours", "seed", "held out, at the end"]
-    rows = [head, ["---"] * len(head), *(log.row() for log in logs)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def earlier_lines(path: Path) -> list[str]:
+    """The runs' lines of a log that was written before. Raises `ValueError` where it has other columns."""
+    lines = [each for each in path.read_text().splitlines() if each.startswith("|")]
+    if lines[:1] != [line(HEAD)]:
+        raise ValueError(f"{path} has no table with the columns {', '.join(HEAD)}; write a new log, without --append")
+    return lines[2:]
 
 
 def this_machine() -> str:
@@ -126,14 +143,14 @@ def this_machine() -> str:
     return f"{', '.join(names)}, {os.cpu_count()} cores, {platform.system()}"
 
 
-def draw(path: Path, logs: Sequence[Log]) -> None:
-    """The losses of all runs, held-out ones as dots."""
+def draw(path: Path, logs: Sequence[Log], append: bool) -> None:
+    """The losses of all runs, held-out ones as dots; with `append` below the picture that is there."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(logs), figsize=(4 * len(logs), 3), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(logs), figsize=(4 * len(logs), 3), dpi=80, squeeze=False, layout="constrained")
     for axis, log in zip(axes[0], logs, strict=True):
         train = log.lines["train"]
         axis.plot([line["step"] for line in train], [line["loss"] for line in train], linewidth=0.6, label="training")
@@ -141,26 +158,33 @@ def draw(path: Path, logs: Sequence[Log]) -> None:
             axis.plot([line["step"] for line in held_out], [line["loss"] for line in held_out], "o-", label="held out")
         axis.set(title=log.name, xlabel="step", ylabel="loss", yscale="log")
         axis.legend()
-    with written_aside(path) as aside:
-        figure.savefig(aside, format="png", dpi=80)
+    figure.canvas.draw()
+    drawn = np.asarray(figure.canvas.buffer_rgba())[..., :3]
     plt.close(figure)
+    rows = [np.asarray(Image.open(path).convert("RGB")), drawn] if append else [drawn]
+    width = max(row.shape[1] for row in rows)
+    padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    with written_aside(path) as aside:
+        Image.fromarray(np.concatenate(padded)).save(aside, format="png", optimize=True)
 
 
-def credits_of(records: RecordFolder) -> list[dict[str, Any]]:
-    """One line per object."""
-    return list({line["object_id"]: {name: line[name] for name in CREDITS} for line in records.lines}.values())
+def credits_of(records: RecordFolder, earlier: Path | None) -> list[dict[str, Any]]:
+    """One line per object, of those that an `earlier` attributions.csv names too."""
+    lines = [] if earlier is None else list(csv.DictReader(earlier.read_text().splitlines()))
+    lines += [{name: line[name] for name in CREDITS} for line in records.lines]
+    return list({line["object_id"]: line for line in lines}.values())
 
 
-def document(logs: Sequence[Log], credited: Sequence[dict[str, Any]], orbits: int, machine: str) -> str:
+def document(lines: Sequence[str], credited: Sequence[dict[str, Any]]) -> str:
     """training_log.md."""
     licences = ", ".join(f"{name} {count}" for name, count in Counter(c["licence"] for c in credited).most_common())
     return "\n\n".join(
         [
             "# How it was trained",
-            f"Machine: {machine}. Hours are those of the training steps alone, beside other work on the same cores.",
-            table(logs),
+            "Hours are those of the training steps alone, beside other work on the same cores.",
+            "\n".join([line(HEAD), line(["---"] * len(HEAD)), *lines]),
             "![The losses](training_log.png)",
-            f"Data: {orbits} orbits of {len(credited)} objects. Licences: {licences}; attributions.csv names all.",
+            f"Data: orbits of {len(credited)} objects. Licences: {licences}; attributions.csv names all.",
         ]
     )
 
@@ -168,15 +192,18 @@ def document(logs: Sequence[Log], credited: Sequence[dict[str, Any]], orbits: in
 def write(arguments: Arguments) -> None:
     """Reads the runs and writes the three files. Raises `ValueError`."""
     logs, records = [Log.read(run) for run in arguments.runs], RecordFolder(arguments.dataset)
+    log, picture, credits = (arguments.output / name for name in ("training_log.md", "training_log.png", CREDITS_FILE))
+    lines = earlier_lines(log) if arguments.append else []
+    credited = credits_of(records, credits if arguments.append else None)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    credited = credits_of(records)
-    with written_aside(arguments.output / "attributions.csv") as aside, open(aside, "w", newline="") as file:
+    with written_aside(credits) as aside, open(aside, "w", newline="") as file:
         writer = csv.DictWriter(file, CREDITS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(credited)
-    draw(arguments.output / "training_log.png", logs)
-    with written_aside(arguments.output / "training_log.md") as aside:
-        aside.write_text(document(logs, credited, len(records), arguments.machine or this_machine()) + "\n")
+    draw(picture, logs, arguments.append)
+    lines += [line(each.row(len(records), arguments.machine or this_machine())) for each in logs]
+    with written_aside(log) as aside:
+        aside.write_text(document(lines, credited) + "\n")
 
 
 def main() -> None:
