@@ -64,7 +64,7 @@ LEARNING_RATES = {"adamw": 1e-3, "muon": 3e-3}
 SAMPLING_STEPS = {1: (6, 10), 2: (2, 4, 6)}
 # Degraded videos of each object that stage 2 learns from, encoded beforehand: that is most of a step's time.
 EXAMPLES = 60
-# Degraded videos of each object that stage 2 is asked to refine.
+# Degraded videos of each object that stage 2 is asked to refine, and the depth network to see.
 DRAWS = 2
 
 
@@ -86,10 +86,11 @@ class Overfit:
         config = self.config(name)
         clock = time.perf_counter(), time.process_time()
         state = train(config)
+        # A run that was finished before has its time noted already.
         if not self.model(name).exists():
             print(export(config.folder, self.model(name)))
-        spent = {"wall_s": time.perf_counter() - clock[0], "cpu_s": time.process_time() - clock[1]}
-        self.note(name, {"steps": int(state.step), **{key: round(value) for key, value in spent.items()}})
+            spent = {"wall_s": time.perf_counter() - clock[0], "cpu_s": time.process_time() - clock[1]}
+            self.note(name, {"steps": int(state.step), **{key: round(value) for key, value in spent.items()}})
         return config, state
 
     def config(self, name: str) -> TrainConfig:
@@ -164,11 +165,7 @@ class Overfit:
         """Adds to results.json what is known of a run."""
         path = self.folder / "results.json"
         known = json.loads(path.read_text()) if path.exists() else {}
-        before = known.get(name, {})
-        # A run that was finished before has spent its time already.
-        if before.get("steps") == values.get("steps"):
-            values = {**values, **{key: before[key] for key in ("wall_s", "cpu_s") if key in before}}
-        path.write_text(json.dumps({**known, name: {**before, **values}}, indent=1) + "\n")
+        path.write_text(json.dumps({**known, name: {**known.get(name, {}), **values}}, indent=1) + "\n")
 
     def _asked(self, config: TrainConfig) -> Iterator[Batch]:
         """Batches of all objects, degraded as no training has seen them."""
@@ -180,13 +177,19 @@ class Overfit:
         batches = self._asked(config)
         return [video.astype(np.float32) / 127.5 - 1 for _ in range(draws) for video in next(batches)["coarse"]]
 
+    def draws(
+        self, config: TrainConfig, state: TrainState, count: int
+    ) -> Iterator[tuple[list[np.ndarray], dict[str, float]]]:
+        """What the run's task shows of all objects, and its scalars, `count` times, degraded anew each time."""
+        program = TrainProgram(config, make_mesh(config.mesh))
+        frozen, batches = program.frozen_values(), self._asked(config)
+        for draw in range(count):
+            made, scalars = program.samples(state, frozen, program.place_batch(next(batches)), jax.random.key(draw))
+            yield [np.asarray(row) for row in made], {key: float(value) for key, value in scalars.items()}
+
     def samples(self, config: TrainConfig, state: TrainState, draws: int = 1) -> list[list[np.ndarray]]:
         """For each kind of picture that the run's task shows (true, coarse, made): whole orbits of all objects."""
-        program = TrainProgram(config, make_mesh(config.mesh))
-        frozen, batches, rows = program.frozen_values(), self._asked(config), []
-        for draw in range(draws):
-            made, _ = program.samples(state, frozen, program.place_batch(next(batches)), jax.random.key(draw))
-            rows += [np.asarray(row) for row in made]
+        rows = [row for made, _ in self.draws(config, state, draws) for row in made]
         kinds = 2 if config.data.coarse is None else 3
         if isinstance(config.task, AutoencoderTask):
             # It shows all views of all objects in one row.
@@ -212,7 +215,9 @@ def stage1(overfit: Overfit, name: str) -> None:
 def depth(overfit: Overfit, name: str) -> None:
     """A depth network, where none is given."""
     if overfit.options.depth is None:
-        overfit.run(name)
+        config, state = overfit.run(name)
+        errors = [scalars["stretched_error"] for _, scalars in overfit.draws(config, state, DRAWS)]
+        overfit.note(name, {"stretched_error": round(float(np.mean(errors)), 4)})
 
 
 def stage2(overfit: Overfit, name: str) -> None:
@@ -275,6 +280,8 @@ def report(results: dict[str, dict[str, Any]]) -> None:
     for name, values in results.items():
         scores = " | ".join(str(values.get(key, "")) for key in ("psnr", "bicubic_psnr", "given_psnr"))
         print(f"| {name} | {values['steps']} | {values['wall_s']} ({values['cpu_s']}) | {scores} |")
+    if error := results.get("depth", {}).get("stretched_error"):
+        print(f"depth: mean error {error} of the range of a degraded view's disparity")
     reached = {name: values["psnr"] for name, values in results.items() if "psnr" in values}
     for name in reached:
         tried = ", ".join(f"{label}: {value}" for label, value in results[name].get("psnr_by_sampling", {}).items())
