@@ -185,6 +185,17 @@ def test_stage_2_sees_the_coarse_views_with_the_input_in_the_first_ones_place(fi
         refine.refine(model, coarse[:2])
 
 
+@pytest.mark.parametrize("keeps_image", [True, False])
+def test_stage_2_draws_the_first_view_again_unless_the_recipe_keeps_it(keeps_image):
+    model = Networks(recipe_of(2, refined_first_view_is_image=keeps_image))
+    image = 1 + pictures(1)[0] // 2
+    views = refine.refine(model, pictures(VIEWS), image)
+    assert (views[0] == image).all() == keeps_image
+    assert not views[1:].any()
+    # Enlarged coarse views are not the picture.
+    assert not refine.refine(model, pictures(VIEWS))[0].any()
+
+
 def test_keys_differ_between_seeds_variants_and_stages():
     keys = {
         tuple(np.asarray(jax.random.key_data(random_key(seed, variant, stage))))

@@ -58,6 +58,8 @@ class Recipe:
     resampling: Literal["bilinear", "area"] = "bilinear"
     # The input image takes the place of the view 0 that stage 1 drew, for stage 2 as for whoever looks at the views.
     first_view_is_image: bool = True
+    # Stage 2's view 0 is the input image itself, where it is at hand: for models that draw it less sharply than it was.
+    refined_first_view_is_image: bool = False
 
     # What the added vector is made of, 256 numbers each, and what is concatenated behind the noisy latents.
     vector: tuple[VectorCondition, ...] = ("elevation", "cond_aug")

@@ -36,6 +36,7 @@ def refine(
     size = recipe.image_size
     check_count(model, len(coarse))
     views = resize_views(coarse, size, recipe)
+    keeps_image = recipe.refined_first_view_is_image and image is not None
     image = views[0] if image is None else image
     if image.shape != (size, size, 3):
         raise RecipeError(f"{model.name} takes an image of {size} x {size} pixels, not {image.shape}: use frame_image")
@@ -56,7 +57,8 @@ def refine(
         latents = draw_latents(model.run("coarse_latents", shown, progress), posterior_key, model.scaling_factor)
     noise = jax.random.normal(noise_key, model.programs["denoise_step"].inputs[0].shape)
     refined = model.sample(parts, noise, latents, num_steps=num_steps, progress=progress, kept=kept, watch=watch)
-    return model.decode(refined, progress)
+    views = model.decode(refined, progress)
+    return np.concatenate([image[None], views[1:]]) if keeps_image else views
 
 
 def check_count(model: StageModel, count: int) -> None:
