@@ -121,7 +121,7 @@ class Log:
         ]
 
 
-def line(cells: Sequence[str]) -> str:
+def table_line(cells: Sequence[str]) -> str:
     """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
@@ -129,7 +129,7 @@ def line(cells: Sequence[str]) -> str:
 def earlier_lines(path: Path) -> list[str]:
     """The runs' lines of a log that was written before. Raises `ValueError` where it has other columns."""
     lines = [each for each in path.read_text().splitlines() if each.startswith("|")]
-    if lines[:1] != [line(HEAD)]:
+    if lines[:1] != [table_line(HEAD)]:
         raise ValueError(f"{path} has no table with the columns {', '.join(HEAD)}; write a new log, without --append")
     return lines[2:]
 
@@ -182,7 +182,7 @@ def document(lines: Sequence[str], credited: Sequence[dict[str, Any]]) -> str:
         [
             "# How it was trained",
             "Hours are those of the training steps alone, beside other work on the same cores.",
-            "\n".join([line(HEAD), line(["---"] * len(HEAD)), *lines]),
+            "\n".join([table_line(HEAD), table_line(["---"] * len(HEAD)), *lines]),
             "![The losses](training_log.png)",
             f"Data: orbits of {len(credited)} objects. Licences: {licences}; attributions.csv names all.",
         ]
@@ -201,7 +201,8 @@ def write(arguments: Arguments) -> None:
         writer.writeheader()
         writer.writerows(credited)
     draw(picture, logs, arguments.append)
-    lines += [line(each.row(len(records), arguments.machine or this_machine())) for each in logs]
+    machine = arguments.machine or this_machine()
+    lines += [table_line(each.row(len(records), machine)) for each in logs]
     with written_aside(log) as aside:
         aside.write_text(document(lines, credited) + "\n")
 

@@ -86,11 +86,12 @@ class Overfit:
         config = self.config(name)
         clock = time.perf_counter(), time.process_time()
         state = train(config)
+        self.note(name, {"steps": int(state.step)})
         # A run that was finished before has its time noted already.
         if not self.model(name).exists():
-            print(export(config.folder, self.model(name)))
             spent = {"wall_s": time.perf_counter() - clock[0], "cpu_s": time.process_time() - clock[1]}
-            self.note(name, {"steps": int(state.step), **{key: round(value) for key, value in spent.items()}})
+            self.note(name, {key: round(value) for key, value in spent.items()})
+            print(export(config.folder, self.model(name)))
         return config, state
 
     def config(self, name: str) -> TrainConfig:

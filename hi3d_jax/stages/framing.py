@@ -76,6 +76,13 @@ def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.clip(first, 0, old - 1), np.clip(first + 1, 0, old - 1), weights
 
 
+def with_first_view(
+    views: UInt8[np.ndarray, "t s s 3"], image: UInt8[np.ndarray, "s s 3"]
+) -> UInt8[np.ndarray, "t s s 3"]:
+    """The views, with `image` in the place of view 0."""
+    return np.concatenate([image[None], views[1:]])
+
+
 def to_network(image: UInt8[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
     """8 bit pictures in [-1, 1]."""
     return image.astype(np.float32) / 127.5 - 1

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from hi3d_jax.stages.conditioning import encode
-from hi3d_jax.stages.framing import to_network
+from hi3d_jax.stages.framing import to_network, with_first_view
 from hi3d_jax.stages.model import StageModel, Watch, random_key
 from hi3d_jax.stages.recipe import RecipeError
 
@@ -48,4 +48,4 @@ def multiview(
     noise = jax.random.normal(noise_key, model.programs["denoise_step"].inputs[0].shape)
     latents = model.sample(parts, noise, num_steps=num_steps, progress=progress, kept=kept, watch=watch)
     views = model.decode(latents, progress)
-    return np.concatenate([image[None], views[1:]]) if recipe.first_view_is_image else views
+    return with_first_view(views, image) if recipe.first_view_is_image else views

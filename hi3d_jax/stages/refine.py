@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from hi3d_jax.stages.conditioning import encode
-from hi3d_jax.stages.framing import resize_views, to_network
+from hi3d_jax.stages.framing import resize_views, to_network, with_first_view
 from hi3d_jax.stages.model import StageModel, Watch, draw_latents, random_key
 from hi3d_jax.stages.recipe import RecipeError
 
@@ -41,7 +41,7 @@ def refine(
     if image.shape != (size, size, 3):
         raise RecipeError(f"{model.name} takes an image of {size} x {size} pixels, not {image.shape}: use frame_image")
     if recipe.first_view_is_image:
-        views = np.concatenate([image[None], views[1:]])
+        views = with_first_view(views, image)
     noise_key, augment_key, posterior_key = jax.random.split(random_key(seed, variant, recipe.stage), 3)
     shown = jnp.asarray(to_network(views))
     parts = encode(
@@ -58,7 +58,7 @@ def refine(
     noise = jax.random.normal(noise_key, model.programs["denoise_step"].inputs[0].shape)
     refined = model.sample(parts, noise, latents, num_steps=num_steps, progress=progress, kept=kept, watch=watch)
     views = model.decode(refined, progress)
-    return np.concatenate([image[None], views[1:]]) if keeps_image else views
+    return with_first_view(views, image) if keeps_image else views
 
 
 def check_count(model: StageModel, count: int) -> None:
