@@ -48,6 +48,7 @@ from hi3d_jax.evaluation.runs import begin
 from hi3d_jax.evaluation.tables import Row
 from hi3d_jax.images import straight_alpha, write_png
 from hi3d_jax.pretrained import stage_folders
+from hi3d_jax.splatting import Gaussians, read_ply
 from hi3d_jax.stages.background import without_background
 from hi3d_jax.stages.model import StageModel
 from hi3d_jax.stages.pipeline import Hi3DPipeline, Options, open_stage
@@ -213,7 +214,14 @@ class Results:
             if not (folder / "mesh.glb").exists():
                 changes = {"num_interpolated": num_interpolated, "seed": seed}
                 config = ReconstructConfig.preset(self.ablation.quality, **changes)
-                reconstruct(self.orbit(name, seed), folder, config, resume=True, progress=False)
+                given = {"resume": True, "progress": False, "gaussians": self._splats(num_interpolated, name, seed)}
+                reconstruct(self.orbit(name, seed), folder, config, **given)
+
+    def _splats(self, num_interpolated: int, name: str, seed: int) -> Gaussians | None:
+        """Those that a value of M before this one was made with: they do not depend on it."""
+        before = self.ablation.num_interpolated[: self.ablation.num_interpolated.index(num_interpolated)]
+        files = (self.folder / f"M={m}" / name / f"seed_{seed}" / "splats.ply" for m in before)
+        return next((read_ply(file) for file in files if file.exists()), None)
 
 
 def variants(results: Results) -> tuple[list[Variant], str]:

@@ -13,6 +13,7 @@ from experiments import ablations
 from hi3d_jax.data import normalise
 from hi3d_jax.evaluation.baselines import hull
 from hi3d_jax.mesh import Mesh, write_mesh
+from hi3d_jax.splatting import from_points, write_ply
 from hi3d_jax.stages.checks import StageError
 from hi3d_jax.stages.random_model import write_random_model
 from hi3d_jax.stages.recipe import Recipe
@@ -69,7 +70,8 @@ def test_table_4_goes_on_where_it_stopped(monkeypatch, tmp_path, objects, capsys
     """Hulls stand for meshes: the finer, the larger M."""
     made = []
 
-    def finer_hull(orbit, folder, config, resume, progress):
+    def finer_hull(orbit, folder, config, resume, progress, gaussians):
+        assert gaussians is None
         made.append((folder.parent.name, config.num_interpolated))
         if folder.parent.name == "torus" and len(made) < 5:
             raise StageError("interrupted")
@@ -93,6 +95,24 @@ def test_table_4_goes_on_where_it_stopped(monkeypatch, tmp_path, objects, capsys
     assert "data:image/jpeg" in (tmp_path / "out/strict/comparison.html").read_text()
     with pytest.raises(SystemExit, match=r"begun with elevation_deg = 20\.0, not 10\.0"):
         run(monkeypatch, *words, "--elevation-deg", 10)
+
+
+def test_gaussians_are_fitted_once_for_all_values_of_m(monkeypatch, tmp_path):
+    given, fitted = [], from_points(np.eye(3), np.ones((3, 3)))
+
+    def reconstructed(orbit, folder, config, resume, progress, gaussians):
+        given.append((config.num_interpolated, gaussians is not None))
+        folder.mkdir(parents=True)
+        (folder / "mesh.glb").touch()
+        if config.num_interpolated:
+            write_ply(folder / "splats.ply", fitted)
+
+    monkeypatch.setattr(ablations, "reconstruct", reconstructed)
+    monkeypatch.setattr(ablations.Results, "orbit", lambda self, name, seed: None)
+    results = ablations.Results(ablations.Ablation("table4", tmp_path, tmp_path), {})
+    for m in (0, 16, 32, 48):
+        results.meshes(m, "ball")
+    assert given == [(0, False), (16, False), (32, True), (48, True)]
 
 
 def test_table_3_and_figure_6_on_models(monkeypatch, tmp_path, objects, models):

@@ -119,6 +119,22 @@ def test_a_resumed_run_gives_the_same_mesh(finished, orbit, tmp_path, stop_after
     assert (copied / "mesh.glb").read_bytes() == (folder / "mesh.glb").read_bytes()
 
 
+def test_given_gaussians_are_not_fitted_again(finished, orbit, tmp_path, monkeypatch):
+    """All that is made after the Gaussians is made of their file."""
+    fitted = finished[1] / "splats.ply"
+
+    def refuse(*given, **named):
+        raise StageError("enough")
+
+    monkeypatch.setattr(splatting, "fit", None)
+    monkeypatch.setattr(splatting, "render", refuse)
+    with pytest.raises(StageError, match="enough"):
+        reconstruct(orbit, tmp_path, TINY, progress=False, gaussians=splatting.read_ply(fitted))
+    assert (tmp_path / "splats.ply").read_bytes() == fitted.read_bytes()
+    with pytest.raises(RunError, match="was begun with other views or splats"):
+        reconstruct(orbit, tmp_path, TINY, resume=True, progress=False)
+
+
 def test_a_run_is_only_continued_with_what_it_was_begun_with(finished, orbit):
     _, folder = finished
     before = (folder / "run.json").read_bytes()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,24 +61,26 @@ def reconstruct(
     config: ReconstructConfig | None = None,
     resume: bool = False,
     progress: bool = True,
+    gaussians: Gaussians | None = None,
 ) -> Reconstruction:
     """Turns the views of an object of size 1 at the origin into a textured mesh; the same seed gives the same mesh.
 
-    Without `config`, standard quality. Writes files only into the folder `output`, which must hold no run unless
-    `resume` continues it. Raises `StageError` (its text begins with the step's name), `RunError`, `CameraError`, and
-    `OSError` for the disk.
+    Without `config`, standard quality. `gaussians` that were fitted to these views before spare their fit. Writes files
+    only into the folder `output`, which must hold no run unless `resume` continues it. Raises `StageError` (its text
+    begins with the step's name), `RunError`, `CameraError`, and `OSError` for the disk.
     """
     config = ReconstructConfig() if config is None else config
     check_orbit(orbit)
-    record = RunRecord.begin(None if output is None else Path(output), _request(orbit, config), resume)
+    record = RunRecord.begin(None if output is None else Path(output), _request(orbit, config, gaussians), resume)
     steps, fits = Steps(record, progress), _Fits(orbit, config, progress)
     steps.take("views", "orbit.mp4", lambda: orbit, _write_views, lambda path: orbit)
-    gaussians, between = None, None
+    splats, between = None, None
     if config.num_interpolated:
-        gaussians = steps.take("splats", "splats.ply", fits.splats, splatting.write_ply, splatting.read_ply)
-        draw = functools.partial(fits.draw_between, gaussians)
+        fit_splats = fits.splats if gaussians is None else lambda: gaussians
+        splats = steps.take("splats", "splats.ply", fit_splats, splatting.write_ply, splatting.read_ply)
+        draw = functools.partial(fits.draw_between, splats)
         between = steps.take("interpolated", "interpolated/cameras.json", draw, _write_between, _read_between)
-    fit_surface = functools.partial(fits.surface, gaussians, between)
+    fit_surface = functools.partial(fits.surface, splats, between)
     surface = steps.take("surface", "surface.npz", fit_surface, write_surface, functools.partial(read_surface, config))
     extract = functools.partial(_extract, surface, fits, config)
     body = steps.take("mesh", "geometry.ply", extract, meshes.write_mesh, meshes.read_mesh)
@@ -93,17 +95,24 @@ def reconstruct(
         steps.take("pictures", "contact_sheet.png", draw, _write_pictures, lambda path: None)
     record.write()
     seconds = {name: step["seconds"] for name, step in record.steps.items()}
-    return Reconstruction(mesh, gaussians, surface, scores, report, seconds)
+    return Reconstruction(mesh, splats, surface, scores, report, seconds)
 
 
-def _request(orbit: Orbit, config: ReconstructConfig) -> dict[str, Any]:
+def _request(orbit: Orbit, config: ReconstructConfig, gaussians: Gaussians | None) -> dict[str, Any]:
     """What decides the result, as JSON."""
-    digest = hashlib.sha256()
-    for array in (orbit.views, orbit.alphas, orbit.cameras.c2w, orbit.cameras.K):
-        digest.update(np.ascontiguousarray(array))
-    given = {"views": len(orbit), "width": orbit.cameras.width, "height": orbit.cameras.height}
+    digest = _digest((orbit.views, orbit.alphas, orbit.cameras.c2w, orbit.cameras.K))
+    given = {"views": len(orbit), "width": orbit.cameras.width, "height": orbit.cameras.height, "sha256": digest}
+    if gaussians is not None:
+        given["splats_sha256"] = _digest(jax.tree.leaves(gaussians))
     recipe = dataclasses.asdict(config)
-    return {"seed": recipe.pop("seed"), "recipe": recipe, "input": {**given, "sha256": digest.hexdigest()}}
+    return {"seed": recipe.pop("seed"), "recipe": recipe, "input": given}
+
+
+def _digest(arrays: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 class _Fits:

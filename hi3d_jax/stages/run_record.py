@@ -98,7 +98,9 @@ def _finished_steps(path: Path, request: dict[str, Any]) -> dict[str, dict[str, 
         raise RunError(f"{path} is damaged ({type(error).__name__}: {error}); begin anew in another folder") from error
     for name, was, now in _differences(before, request):
         if name.startswith("input"):
-            raise RunError(f"{path.parent} was begun with other views; continue with those, or begin in another folder")
+            raise RunError(
+                f"{path.parent} was begun with other views or splats; continue with those, or begin in another folder"
+            )
         raise RunError(
             f"{path.parent} was begun with {name} = {was}, not {now}; continue with that, or begin in another folder"
         )
