@@ -7,8 +7,8 @@
 A system is NAME=FOLDER or NAME=FOLDER:LAYOUT, its folder as `hi3d evaluate` takes it. Each system's own tables and
 report are in OUTPUT/NAME, the comparison (differences from the first system, object by object, too) in
 OUTPUT/comparison.html, .md, .csv and .json. Baselines are made here from the truths:
-copy_input hands view 0 back for every view, hull carves the true masks of 16 views, floor is the truth itself moved by
-half a thousandth: what no system can be told from. Runs go on where they stopped.
+copy_input hands view 0 back for every view, hull carves the true masks of 16 views, silhouette that of view 0 alone,
+floor is the truth itself moved by half a thousandth: what no system can be told from. Runs go on where they stopped.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from hi3d_jax.cli.compiled_programs import keep_compiled_programs
 from hi3d_jax.cli.evaluate import Evaluate
 from hi3d_jax.data import load_object, render_orbit
 from hi3d_jax.evaluation import EvaluationError, Row
-from hi3d_jax.evaluation.baselines import copy_input, hull
+from hi3d_jax.evaluation.baselines import copy_input, hull, silhouette
 from hi3d_jax.evaluation.comparison import write_comparison
 from hi3d_jax.evaluation.importers import read_views
 from hi3d_jax.evaluation.protocols import moved
 from hi3d_jax.evaluation.results import MESH_SUFFIXES, find_truths
-from hi3d_jax.mesh import write_mesh
+from hi3d_jax.mesh import Mesh, write_mesh
 from hi3d_jax.video import Orbit, write_orbit
 
-BASELINES = {"views": ("copy_input",), "meshes": ("hull", "floor")}
+BASELINES = {"views": ("copy_input",), "meshes": ("hull", "silhouette", "floor")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Comparison:
     """Folder for all tables and reports."""
     systems: tuple[str, ...] = ()
     """NAME=FOLDER or NAME=FOLDER:LAYOUT, one or more."""
-    baselines: tuple[Literal["copy_input", "hull", "floor"], ...] = ()
+    baselines: tuple[Literal["copy_input", "hull", "silhouette", "floor"], ...] = ()
     """Baselines to compare with."""
     protocol: Literal["syncdreamer", "strict"] = "syncdreamer"
     """How scores are taken."""
@@ -129,13 +129,18 @@ def make_baseline(name: str, config: Comparison) -> Path:
     for object_name, truth in tqdm(find_truths(config.truth, config.split).items(), desc=name, disable=None):
         if name in BASELINES["meshes"] and not (folder / f"{object_name}.ply").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            mesh = hull(_orbit(truth, 256, config)) if name == "hull" else moved(load_object(truth))
-            write_mesh(folder / f"{object_name}.ply", mesh)
+            write_mesh(folder / f"{object_name}.ply", _baseline_mesh(name, truth, config))
         if name == "copy_input" and not (folder / object_name / "cameras.json").exists():
             orbit = _orbit(truth, config.size or 256, config)
             copied = Orbit(copy_input(orbit.views), np.ones_like(orbit.alphas), orbit.cameras)
             write_orbit(folder / object_name, copied)
     return folder
+
+
+def _baseline_mesh(name: str, truth: Path, config: Comparison) -> Mesh:
+    if name == "floor":
+        return moved(load_object(truth))
+    return {"hull": hull, "silhouette": silhouette}[name](_orbit(truth, 256, config))
 
 
 def _orbit(truth: Path, size: int, config: Comparison) -> Orbit:

@@ -173,7 +173,10 @@ def test_baselines_are_made_scored_and_compared(tmp_path, truth, meshes, monkeyp
     (tmp_path / "results").mkdir()
     write_mesh(tmp_path / "results" / "cone.ply", meshes["cone"])
     monkeypatch.setattr("experiments.evaluate.hull", functools.partial(hull, resolution=48))
-    for what, system, baselines in (("meshes", True, ("hull", "floor")), ("views", False, ("copy_input",))):
+    for what, system, baselines in (
+        ("meshes", True, ("hull", "silhouette", "floor")),
+        ("views", False, ("copy_input",)),
+    ):
         words = [what, str(truth), "-o", str(tmp_path / what), "--baselines", *baselines, "--size", "48", "--metrics"]
         words += ["--systems", f"exact={tmp_path / 'results'}"] if system else []
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
@@ -184,8 +187,9 @@ def test_baselines_are_made_scored_and_compared(tmp_path, truth, meshes, monkeyp
         systems_found = json.loads((tmp_path / what / "comparison.json").read_text())["systems"]
         scores = {name: found["summary"] for name, found in systems_found.items()}
         if system:
-            exact, floor, carved = (scores[name]["chamfer"]["mean"] for name in ("exact", "floor", "hull"))
-            assert exact < floor < carved < 0.05
+            names = "exact", "floor", "hull", "silhouette"
+            exact, floor, carved, cone = (scores[name]["chamfer"]["mean"] for name in names)
+            assert exact < floor < carved < 0.05 < cone
         else:
             # The first view is the input itself.
             assert scores["copy_input"]["psnr"]["mean"] > scores["copy_input"]["psnr_without_first"]["mean"] > 10

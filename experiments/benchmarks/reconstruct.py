@@ -24,14 +24,15 @@ from pathlib import Path
 
 import numpy as np
 
-from hi3d_jax import splatting, visual_hull
+from hi3d_jax import splatting
 from hi3d_jax.cameras import ORBIT_RADIUS, orbit, project
 from hi3d_jax.cli.compiled_programs import keep_compiled_programs
 from hi3d_jax.data import load_object, render_orbit
 from hi3d_jax.evaluation import psnr, strict, syncdreamer
+from hi3d_jax.evaluation.baselines import hull
 from hi3d_jax.evaluation.protocols import syncdreamer_cameras
 from hi3d_jax.images import over_white, read_image
-from hi3d_jax.mesh import Mesh, decimate, extract_surface, is_watertight
+from hi3d_jax.mesh import Mesh, is_watertight
 from hi3d_jax.stages.presets import ReconstructConfig
 from hi3d_jax.stages.reconstruct import Reconstruction, reconstruct
 from hi3d_jax.video import Orbit
@@ -52,12 +53,6 @@ def holding_radius(truth: Mesh) -> float:
         if (depths > 0).all() and (np.abs(pixels - SIZE / 2) <= SIZE / 2 - FRAME_MARGIN).all():
             return radius
         radius = round(radius + RADIUS_STEP, 2)
-
-
-def hull_mesh(views: Orbit, resolution: int = 128) -> Mesh:
-    """The baseline: the surface of the visual hull."""
-    hull = visual_hull.carve(views.alphas, views.cameras, resolution)
-    return decimate(extract_surface(hull.sample, hull.lower, hull.upper, resolution), 20_000)
 
 
 def heldout_psnr(gaussians, truth: Mesh, radius: float) -> float:
@@ -111,7 +106,7 @@ def score_orbit(views: Orbit, truth: Mesh, config: ReconstructConfig) -> tuple[R
         "watertight": bool(made.report.watertight),
         "genus": made.report.genus,
         "mesh": surface_scores(made.mesh, truth),
-        "hull": surface_scores(hull_mesh(views), truth),
+        "hull": surface_scores(hull(views), truth),
     }
 
 
@@ -119,9 +114,9 @@ def table(rows: list[dict]) -> str:
     """Means and medians as markdown, mesh beside hull."""
     lines = ["| metric | mesh, mean (median) | hull, mean (median) | mesh better on |", "| --- | --- | --- | --- |"]
     for name in rows[0]["mesh"]:
-        mesh, hull = (np.array([row[kind][name] for row in rows]) for kind in ("mesh", "hull"))
-        better = mesh < hull if "chamfer" in name else mesh > hull
-        numbers = [f"{values.mean():.4f} ({np.median(values):.4f})" for values in (mesh, hull)]
+        ours, carved = (np.array([row[kind][name] for row in rows]) for kind in ("mesh", "hull"))
+        better = ours < carved if "chamfer" in name else ours > carved
+        numbers = [f"{values.mean():.4f} ({np.median(values):.4f})" for values in (ours, carved)]
         lines.append(f"| {name} | {numbers[0]} | {numbers[1]} | {better.sum()} of {len(rows)} |")
     closed = [row for row in rows if row["truth_watertight"]]
     for name, some in (("", closed), (" at radius 1.5", [row for row in closed if row.get("radius") == ORBIT_RADIUS])):
