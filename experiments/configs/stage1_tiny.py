@@ -28,8 +28,8 @@ from hi3d_jax.training.tasks import StageTask
 def get_config() -> TrainConfig:
     return TrainConfig(
         task=StageTask(
-            # Three steps meet the noise levels 700, 15.6 and .002, and at the last nothing is left to do. Of the paper's
-            # levels in training 14 % are above 15.6: those of (3.5, 1.5) teach three steps more in the same time.
+            # Three steps meet the noise levels 700, 15.6 and .002, and at the last nothing is left to do. Of the
+            # paper's levels in training 14 % are above 15.6: those of (3.5, 1.5) teach three steps more in as long.
             recipe=dataclasses.replace(Recipe.paper(1), image_size=128, num_steps=3, guidance=(1.0, 1.0)),
             unet=UNetConfig(
                 vector_dim=512,
