@@ -51,6 +51,10 @@ class Orbit:
     def __len__(self) -> int:
         return len(self.views)
 
+    def __getitem__(self, some: slice) -> Orbit:
+        """Some of the views."""
+        return Orbit(self.views[some], self.alphas[some], self.cameras[some])
+
 
 def read_orbit(
     path: str | Path,

@@ -6,7 +6,8 @@ learns with the U-Net.
 Hardware: two CPU cores, 1.2 s a step of four orbits with cached latents.
 Expected: views 1-15 of 25 held-out objects at 16.4 dB PSNR after 2,400 steps, one hour (the input copied sixteen times:
 15.8 dB), and at 16.9 dB after 2,400 more of two orbits with Muon (1.4 hours on one core).
-With noise levels around those of its three steps (--task.recipe.log-sigma 3.5 1.5), 2,700 more: 17.6 dB (1.5 hours).
+With noise levels around those of its three steps (--task.recipe.log-sigma 3.5 1.5) and no condition left out, 2,700
+more give 17.6 dB (1.5 hours).
 
     python experiments/cache_latents.py DATASET -o CACHE --networks AUTOENCODER_FOLDER --size 128
     python experiments/train.py --config=stage1_tiny --task.networks AUTOENCODER_FOLDER --data.folder=DATASET \\

@@ -7,7 +7,6 @@ cameras.
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from pathlib import Path
 
@@ -17,19 +16,19 @@ from tqdm import tqdm
 
 from hi3d_jax.atomic import written_aside
 from hi3d_jax.cameras import read_transforms
+from hi3d_jax.cli.output import script_errors
 from hi3d_jax.images import contact_sheet, over_white, read_image, resize, to_bytes
 from hi3d_jax.mesh import read_mesh, render
 
 # A little to the side, the side, the back, the other side; no view that is the input itself.
-VIEWS, TILE = (2, 5, 8, 12), 160
+VIEWS, TILE = [2, 5, 8, 12], 160
 
 
 def row_of(run: Path) -> list[np.ndarray]:
     """The pictures of one run, each `TILE` pixels across."""
     cameras, names = read_transforms(run / "cameras.json")
-    shown = list(VIEWS)
-    views = [over_white(read_image(run / names[view])) for view in shown]
-    meshes = render(read_mesh(run / "mesh.glb"), cameras[shown].resized(2 * TILE, 2 * TILE)).views
+    views = [over_white(read_image(run / names[view])) for view in VIEWS]
+    meshes = render(read_mesh(run / "mesh.glb"), cameras[VIEWS].resized(2 * TILE, 2 * TILE)).views
     picture = over_white(read_image(run / "generated" / "input.png"))
     return [resize(image, TILE, TILE) for image in (picture, *views, *meshes)]
 
@@ -41,13 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output folder of hi3d generate")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="JPG", help="picture to write")
     options = parser.parse_args(arguments)
-    rows = [row_of(run) for run in tqdm(options.runs, unit="run")]
     labels = ["input", *(f"{kind} {view}" for kind in ("view", "mesh") for view in VIEWS)]
-    sheet = contact_sheet([image for row in rows for image in row], len(labels), labels * len(rows))
-    file = io.BytesIO()
-    Image.fromarray(to_bytes(sheet)).save(file, "JPEG", quality=90)
-    with written_aside(options.output) as aside:
-        aside.write_bytes(file.getvalue())
+    with script_errors():
+        rows = [row_of(run) for run in tqdm(options.runs, unit="run")]
+        sheet = contact_sheet([image for row in rows for image in row], len(labels), labels * len(rows))
+        with written_aside(options.output) as aside:
+            Image.fromarray(to_bytes(sheet)).save(aside, "JPEG", quality=90)
     return 0
 
 

@@ -8,7 +8,6 @@ from jaxtyping import Float
 from hi3d_jax import visual_hull
 from hi3d_jax.mesh import Mesh, decimate, extract_surface
 from hi3d_jax.video import Orbit
-from hi3d_jax.visual_hull import HALF_SIDE
 
 HULL_RESOLUTION = 128
 HULL_FACES = 20_000
@@ -19,7 +18,7 @@ def copy_input(truth: Float[np.ndarray, "t h w 3"]) -> Float[np.ndarray, "t h w 
     return np.broadcast_to(truth[:1], truth.shape).copy()
 
 
-def hull(orbit: Orbit, resolution: int = HULL_RESOLUTION, half_side: float = HALF_SIDE) -> Mesh:
+def hull(orbit: Orbit, resolution: int = HULL_RESOLUTION, half_side: float = visual_hull.HALF_SIDE) -> Mesh:
     """The surface of the visual hull, in grey: the best shape that masks alone allow. Raises `EmptyHullError`."""
     carved = visual_hull.carve(orbit.alphas, orbit.cameras, resolution, half_side)
     return decimate(extract_surface(carved.sample, carved.lower, carved.upper, resolution), HULL_FACES)
@@ -27,4 +26,4 @@ def hull(orbit: Orbit, resolution: int = HULL_RESOLUTION, half_side: float = HAL
 
 def silhouette(orbit: Orbit) -> Mesh:
     """What view 0's mask alone allows within the cube of side 1 that objects fill. Raises `EmptyHullError`."""
-    return hull(Orbit(orbit.views[:1], orbit.alphas[:1], orbit.cameras[:1]), half_side=0.5)
+    return hull(orbit[:1], half_side=0.5)

@@ -12,8 +12,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import numpy as np
-
 from hi3d_jax.cameras import between_neighbours
 from hi3d_jax.evaluation.pictures import has_colours
 from hi3d_jax.evaluation.protocols import strict
@@ -42,7 +40,7 @@ def self_consistency(orbit: Orbit, reconstruct: Reconstruct) -> Agreement:
         raise EvaluationError(
             f"self-consistency compares halves of {MIN_HALF} views or more; {len(orbit)} views are too few"
         )
-    one, other = (reconstruct(_part(orbit, start)) for start in (0, 1))
+    one, other = (reconstruct(orbit[start::2]) for start in (0, 1))
     scores = dataclasses.asdict(strict(one, other))
     if not (has_colours(one) and has_colours(other)):
         return Agreement(scores, (one, other))
@@ -52,8 +50,3 @@ def self_consistency(orbit: Orbit, reconstruct: Reconstruct) -> Agreement:
     drawn = [render(mesh, cameras).views for mesh in (one, other)]
     looks = view_scores(*drawn)
     return Agreement(scores | {"mesh_psnr": looks.psnr, "mesh_ssim": looks.ssim}, (one, other))
-
-
-def _part(orbit: Orbit, start: int) -> Orbit:
-    index = np.arange(start, len(orbit), 2)
-    return Orbit(orbit.views[index], orbit.alphas[index], orbit.cameras[index])
