@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import os
 import platform
 import sys
@@ -35,6 +34,7 @@ from hi3d_jax.atomic import written_aside
 from hi3d_jax.data.record_folder import RecordFolder
 from hi3d_jax.training.config import TrainConfig
 from hi3d_jax.training.loop import load_config
+from hi3d_jax.training.metric_writer import read_metrics
 
 CREDITS_FILE = "attributions.csv"
 HEAD = "run", "steps", "a step", "learning rate at the end", "hours", "seed", "data", "machine", "held out, at the end"
@@ -63,56 +63,59 @@ class Log:
 
     name: str
     config: TrainConfig
-    # Lines of metrics.jsonl by split ("train", "validation", "samples"), of each step the last one written.
-    lines: dict[str, list[dict[str, float]]]
+    # Metrics by split and by step, in order.
+    metrics: dict[str, dict[int, dict[str, float]]]
 
     @classmethod
     def read(cls, folder: Path) -> Log:
         """Raises `ValueError` for a folder that is no run or has no metrics yet."""
-        config, path = load_config(folder), folder / "metrics.jsonl"
-        by_split: dict[str, dict[int, dict[str, float]]] = {}
+        config = load_config(folder)
         try:
-            for line in path.read_text().splitlines():
-                values = json.loads(line)
-                # A run that was killed repeats the steps after its last checkpoint.
-                by_split.setdefault(values.pop("split"), {})[values["step"]] = values
+            metrics = {split: read_metrics(folder, split) for split in ("train", "validation", "samples")}
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); is {folder} the folder of a run?") from error
-        if not by_split.get("train"):
-            raise ValueError(f"{path} has no step; let the run take a few (log.every_steps)")
-        ordered = {split: [steps[step] for step in sorted(steps)] for split, steps in by_split.items()}
-        return cls(folder.name, config, ordered)
+            raise ValueError(f"the metrics cannot be read ({error}); is {folder} the folder of a run?") from error
+        if not metrics["train"]:
+            raise ValueError(f"{folder}/metrics.jsonl has no step; let the run take a few (log.every_steps)")
+        return cls(folder.name, config, metrics)
+
+    def last(self, split: str) -> dict[str, float]:
+        """What was written last of `split`; nothing if it never was."""
+        steps = self.metrics[split]
+        return steps[max(steps)] if steps else {}
+
+    def losses(self, split: str) -> tuple[list[int], list[float]]:
+        """Steps and the losses at them."""
+        return list(self.metrics[split]), [values["loss"] for values in self.metrics[split].values()]
 
     @property
     def steps(self) -> int:
-        return int(self.lines["train"][-1]["step"])
+        return max(self.metrics["train"])
 
     @property
     def hours(self) -> float:
         """Of training itself: without compiling, validation and pictures."""
-        train, before, seconds = self.lines["train"], 0, 0.0
-        pace = next((line["seconds_per_step"] for line in train if "seconds_per_step" in line), 0.0)
-        for line in train:
+        train, before, seconds = self.metrics["train"], 0, 0.0
+        pace = next((values["seconds_per_step"] for values in train.values() if "seconds_per_step" in values), 0.0)
+        for step, values in train.items():
             # Before the pace is known, steps are taken to be as fast as the next ones.
-            pace = line.get("seconds_per_step", pace)
-            seconds += pace * (line["step"] - before)
-            before = line["step"]
+            pace = values.get("seconds_per_step", pace)
+            seconds += pace * (step - before)
+            before = step
         return seconds / 3600
 
     def row(self, orbits: int, machine: str) -> list[str]:
         """The run's line of the table, under `HEAD`."""
         config = self.config
-        held_out = self.lines.get("validation", [{}])[-1]
-        shown = {name: value for name, value in held_out.items() if name in ("loss", "psnr", "lpips")}
+        shown = {name: value for name, value in self.last("validation").items() if name in ("loss", "psnr", "lpips")}
         # Without held-out records, samples are drawn for training ones.
-        samples = self.lines.get("samples", [{}])[-1] if config.data.validation_folder else {}
+        samples = self.last("samples") if config.data.validation_folder else {}
         shown |= {name: value for name, value in samples.items() if name.endswith("psnr")}
         views = config.data.batch_size * config.data.num_views
         return [
             self.name,
             f"{self.steps:,}",
             f"{views} views of {config.data.image_size}²",
-            f"{self.lines['train'][-1]['learning_rate']:.1g}",
+            f"{self.last('train')['learning_rate']:.1g}",
             f"{self.hours:.2f}",
             str(config.seed),
             f"{orbits:,} orbits",
@@ -152,10 +155,9 @@ def draw(path: Path, logs: Sequence[Log], append: bool) -> None:
 
     figure, axes = plt.subplots(1, len(logs), figsize=(4 * len(logs), 3), dpi=80, squeeze=False, layout="constrained")
     for axis, log in zip(axes[0], logs, strict=True):
-        train = log.lines["train"]
-        axis.plot([line["step"] for line in train], [line["loss"] for line in train], linewidth=0.6, label="training")
-        if held_out := log.lines.get("validation"):
-            axis.plot([line["step"] for line in held_out], [line["loss"] for line in held_out], "o-", label="held out")
+        axis.plot(*log.losses("train"), linewidth=0.6, label="training")
+        if log.metrics["validation"]:
+            axis.plot(*log.losses("validation"), "o-", label="held out")
         axis.set(title=log.name, xlabel="step", ylabel="loss", yscale="log")
         axis.legend()
     figure.canvas.draw()
