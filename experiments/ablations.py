@@ -38,7 +38,7 @@ from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from experiments.benchmarks.reconstruct import holding_radius
-from hi3d_jax.cli.compiled_programs import keep_compiled_programs
+from hi3d_jax.cli.compiled_programs import keep_compiled_programs, let_go_of_programs
 from hi3d_jax.cli.evaluate import Evaluate
 from hi3d_jax.cli.output import script_errors
 from hi3d_jax.data import load_object, render_orbit
@@ -314,6 +314,7 @@ def make(table: Sequence[Variant], names: Sequence[str], what: str) -> list[str]
             except (ValueError, OSError) as error:
                 failed.append(f"{name}, {variant.name}: {error}")
                 print(failed[-1], file=sys.stderr)
+        let_go_of_programs()
     return failed
 
 

@@ -9,6 +9,7 @@ import sys
 import types
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 
@@ -278,6 +279,16 @@ def test_the_cache_really_is_filled(tmp_path):
     environment |= {"HI3D_CACHE": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
     assert list((tmp_path / "xla").iterdir())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not count mapped pieces of memory")
+def test_programs_are_let_go_of_when_they_are_too_many():
+    double = jax.jit(lambda x: 2 * x)
+    double(1.0)
+    compiled_programs.let_go_of_programs(most_mapped=1 << 30)
+    assert double._cache_size() == 1
+    compiled_programs.let_go_of_programs(most_mapped=0)
+    assert double._cache_size() == 0
 
 
 CUBE = """

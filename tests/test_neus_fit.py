@@ -7,7 +7,7 @@ import pytest
 
 from hi3d_jax import cameras as camera_module
 from hi3d_jax import neus, visual_hull
-from hi3d_jax.neus.fit import RayPool, schedule
+from hi3d_jax.neus.fit import RayPool, _step, schedule
 
 RADIUS = 0.35
 
@@ -64,11 +64,14 @@ def test_same_seed_same_surface(sphere_orbit):
     hull = visual_hull.carve(sphere_orbit[1], sphere_orbit[2], 24)
     points = shell(0.3)
     config = small_config(iterations=8)
+    _step.clear_cache()
     first = neus.fit(*sphere_orbit, config, hull.sdf, progress=False).sdf(points)
     again = neus.fit(*sphere_orbit, config, hull.sdf, progress=False).sdf(points)
     other = neus.fit(*sphere_orbit, dataclasses.replace(config, seed=1), hull.sdf, progress=False).sdf(points)
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+    # A process that makes many meshes would end for want of memory maps, each program taking thousands.
+    assert _step._cache_size() == 1
 
 
 def test_nan_in_the_views_stops_the_fit(sphere_orbit):

@@ -26,7 +26,7 @@ import numpy as np
 
 from hi3d_jax import splatting
 from hi3d_jax.cameras import ORBIT_RADIUS, orbit, project
-from hi3d_jax.cli.compiled_programs import keep_compiled_programs
+from hi3d_jax.cli.compiled_programs import keep_compiled_programs, let_go_of_programs
 from hi3d_jax.data import load_object, render_orbit
 from hi3d_jax.evaluation import psnr, strict, syncdreamer
 from hi3d_jax.evaluation.baselines import hull
@@ -188,6 +188,7 @@ def main() -> None:
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{row['id']}: {row['seconds']:.0f} s, F-score at .01 {row['mesh']['strict_f_score_01']:.3f}", flush=True)
+        let_go_of_programs()
     print(f"{rows_table(rows)}\n\n{table(rows)}")
 
 

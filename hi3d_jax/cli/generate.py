@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from hi3d_jax.cli.compiled_programs import keep_compiled_programs
+from hi3d_jax.cli.compiled_programs import keep_compiled_programs, let_go_of_programs
 from hi3d_jax.cli.models import ByRecipe, Dtype, Elevation, MemoryBudget, Model, open_pipeline
 from hi3d_jax.cli.output import Output, OutputError, explained, prepare_output
 from hi3d_jax.cli.reconstruct import ByQuality
@@ -206,6 +206,7 @@ def report_row(command: Generate, generator: ImageTo3D, image: Path, folder: Pat
         row["meshes"] = command.one(generator, image, folder)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         row["error"] = explained(error) or f"{type(error).__name__}: {error}"
+    let_go_of_programs()
     return {**row, "seconds": round(time.perf_counter() - started, 1)}
 
 

@@ -191,8 +191,12 @@ def loss_terms(
     }
 
 
+@functools.cache
 def build_optimizer(config: NeuSConfig) -> optax.GradientTransformation:
-    """Adam with a rate of its own for each kind of parameter, decaying to a tenth; on the fields as a dictionary."""
+    """Adam with a rate of its own for each kind of parameter, decaying to a tenth; on the fields as a dictionary.
+
+    The same object for the same config, because `_step` is compiled anew for every other one.
+    """
 
     def adam(rate: float, start: float, eps: float = 1e-15) -> optax.GradientTransformation:
         begin = int(start * config.iterations)
@@ -276,16 +280,18 @@ def fit(
     pool = RayPool.build(views, alphas, cameras)
     dense = None if initial_sdf is None else jnp.asarray(initial_sdf)
     fields = neus_fields.init_fields(config.fields, jax.random.key(config.seed), dense)
-    optimizer = build_optimizer(config)
+    # The seed is no part of the programs: fits that differ in nothing else share them.
+    compiled_for = dataclasses.replace(config, seed=0)
+    optimizer = build_optimizer(compiled_for)
     optimizer_state = optimizer.init(vars(fields))
     generator, key = np.random.default_rng(config.seed), jax.random.key(config.seed + 1)
     bar = tqdm(range(config.iterations), desc="NeuS", unit="it", disable=not progress)
     for iteration in bar:
         if iteration % config.cache_interval == 0:
-            cache = _renew_cache(config, fields, iteration / config.iterations)
+            cache = _renew_cache(compiled_for, fields, iteration / config.iterations)
         batch = pool.draw(generator, config.rays)
         fields, optimizer_state, terms = _step(
-            config, optimizer, fields, optimizer_state, cache, batch, jnp.asarray(iteration, jnp.int32), key
+            compiled_for, optimizer, fields, optimizer_state, cache, batch, jnp.asarray(iteration, jnp.int32), key
         )
         if iteration % 50 == 49 or iteration + 1 == config.iterations:
             values = {name: float(value) for name, value in terms.items()}
