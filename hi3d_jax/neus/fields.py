@@ -79,7 +79,8 @@ def init_sphere_layers(key: Array, encoding: int, width: int, outputs: int, radi
     from_position = jax.random.normal(first, (width, 3)) * math.sqrt(2 / width)
     kernel = jnp.concatenate([from_position, jnp.zeros((width, encoding))], axis=1)
     last = math.sqrt(math.pi / width) + 1e-4 * jax.random.normal(second, (outputs, width))
-    return ((kernel, jnp.zeros(width)), (last, jnp.full(outputs, -radius)))
+    # A type given in words: of a Python number alone it would be a weak one, and programs be compiled for both.
+    return ((kernel, jnp.zeros(width)), (last, jnp.full(outputs, -radius, last.dtype)))
 
 
 def _init_relu_layers(key: Array, widths: list[int]) -> Layers:
