@@ -191,12 +191,8 @@ def loss_terms(
     }
 
 
-@functools.cache
 def build_optimizer(config: NeuSConfig) -> optax.GradientTransformation:
-    """Adam with a rate of its own for each kind of parameter, decaying to a tenth; on the fields as a dictionary.
-
-    The same object for the same config, because `_step` is compiled anew for every other one.
-    """
+    """Adam with a rate of its own for each kind of parameter, decaying to a tenth; on the fields as a dictionary."""
 
     def adam(rate: float, start: float, eps: float = 1e-15) -> optax.GradientTransformation:
         begin = int(start * config.iterations)
@@ -228,8 +224,8 @@ def blur(grid: Float[Array, "r r r"], sigma: float | Array) -> Float[Array, "r r
     return grid
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def _step(config: NeuSConfig, optimizer, fields, optimizer_state, cache, batch, iteration, key):
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def _step(config: NeuSConfig, fields, optimizer_state, cache, batch, iteration, key):
     progress = iteration / config.iterations
 
     def total(fields):
@@ -242,7 +238,7 @@ def _step(config: NeuSConfig, optimizer, fields, optimizer_state, cache, batch, 
         first, last = config.smoothing
         smooth = blur(gradient.dense, first * (last / first) ** progress)
         gradient = dataclasses.replace(gradient, dense=smooth)
-    updates, optimizer_state = optimizer.update(vars(gradient), optimizer_state, vars(fields))
+    updates, optimizer_state = build_optimizer(config).update(vars(gradient), optimizer_state, vars(fields))
     return Fields(**optax.apply_updates(vars(fields), updates)), optimizer_state, terms
 
 
@@ -282,8 +278,7 @@ def fit(
     fields = neus_fields.init_fields(config.fields, jax.random.key(config.seed), dense)
     # The seed is no part of the programs: fits that differ in nothing else share them.
     compiled_for = dataclasses.replace(config, seed=0)
-    optimizer = build_optimizer(compiled_for)
-    optimizer_state = optimizer.init(vars(fields))
+    optimizer_state = build_optimizer(config).init(vars(fields))
     generator, key = np.random.default_rng(config.seed), jax.random.key(config.seed + 1)
     bar = tqdm(range(config.iterations), desc="NeuS", unit="it", disable=not progress)
     for iteration in bar:
@@ -291,7 +286,7 @@ def fit(
             cache = _renew_cache(compiled_for, fields, iteration / config.iterations)
         batch = pool.draw(generator, config.rays)
         fields, optimizer_state, terms = _step(
-            compiled_for, optimizer, fields, optimizer_state, cache, batch, jnp.asarray(iteration, jnp.int32), key
+            compiled_for, fields, optimizer_state, cache, batch, jnp.asarray(iteration, jnp.int32), key
         )
         if iteration % 50 == 49 or iteration + 1 == config.iterations:
             values = {name: float(value) for name, value in terms.items()}
