@@ -2,8 +2,8 @@
 
 VAL_DATASET is of render_dataset.py and holds objects that were never trained on. View 0 is the input, views 1-15 are
 scored, over white, at the size of each stage. Beside each stage stand what needs no model (stage 1: the input copied
-sixteen times; the mean of the true views, which knows the answer but no direction. Stage 2: stage 1's views enlarged)
-and the autoencoder's own ceiling: true views, encoded and decoded.
+sixteen times; the mean of the true views, which knows the answer but no direction. Stage 2: stage 1's views enlarged,
+and what the autoencoder alone makes of them) and the autoencoder's own ceiling: true views, encoded and decoded.
 
     python experiments/render_dataset.py objects -o val256 --split val --elevations-deg 20 --azimuth-deg 0 --size 256
     python experiments/benchmarks/hi3d_tiny.py val256 --seeds 4 --lpips
@@ -129,6 +129,8 @@ class Session:
                 recipe = self.models[2].recipe
                 enlarged = resize_views(orbits[1], recipe.image_size, recipe)
                 self.scores.add("stage 2: stage 1 enlarged", enlarged, truths[2])
+                through = decoded(self.models[2], enlarged)
+                self.scores.add("stage 2: stage 1 enlarged, through the autoencoder", through, truths[2])
             shown += list(orbits.values()) if seed == 0 else []
         if self.arguments.output is not None:
             draw(self.arguments.output / f"{record.key.replace('/', '_')}.png", shown)
