@@ -38,12 +38,13 @@ def ssim(image: Float[Array, "h w c"], other: Float[Array, "h w c"]) -> Float[Ar
 def ssim_map(image: Float[Array, "h w c"], other: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
     """Structural similarity around each pixel, channel by channel."""
     x, y = jnp.moveaxis(image, -1, 0), jnp.moveaxis(other, -1, 0)
-    mean_x, mean_y, square_x, square_y, product = jnp.split(blur(jnp.concatenate([x, y, x * x, y * y, x * y])), 5)
-    variance_x, variance_y = square_x - mean_x * mean_x, square_y - mean_y * mean_y
+    # Of the two variances only the sum is wanted: one blur for both.
+    mean_x, mean_y, squares, product = jnp.split(blur(jnp.concatenate([x, y, x * x + y * y, x * y])), 4)
+    squared_means = mean_x * mean_x + mean_y * mean_y
     covariance = product - mean_x * mean_y
     c1, c2 = STABILISERS
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
-    return jnp.moveaxis(luminance * (2 * covariance + c2) / (variance_x + variance_y + c2), 0, -1)
+    luminance = (2 * mean_x * mean_y + c1) / (squared_means + c1)
+    return jnp.moveaxis(luminance * (2 * covariance + c2) / (squares - squared_means + c2), 0, -1)
 
 
 def blur(images: Float[Array, "c h w"]) -> Float[Array, "c h w"]:
