@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int
 from hi3d_jax.splatting.projection import Footprints
 
 # Measured on CPU: tiles of 16 pixels double the pairs of pixel and Gaussian; longer steps only take longer to compile.
-# Groups of 32 take 1.3 to 1.7 times as long to composite on two cores; of 128 no less, for more of their places are empty.
+# On two cores, groups of 32 take 1.3 to 1.7 times as long to composite, of 128 no less: more of their places are empty.
 TILE = 8  # pixels along a side
 GROUP = 64  # tiles composited in lockstep
 STEP = 8  # Gaussians per tile composited in one iteration
