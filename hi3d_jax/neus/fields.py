@@ -8,6 +8,7 @@ orbit a view-dependent colour explains away exactly the disagreement that should
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -51,6 +52,7 @@ class Fields:
     colour_layers: Layers
 
 
+@functools.partial(jax.jit, static_argnums=0)  # Each of its thirty operations alone would be compiled too.
 def init_fields(config: FieldConfig, key: Array, dense: Float[Array, "r r r"] | None = None) -> Fields:
     """Fields whose surface is that of `dense`, or a sphere."""
     keys = jax.random.split(key, 3)

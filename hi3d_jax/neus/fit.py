@@ -224,13 +224,6 @@ def blur(grid: Float[Array, "r r r"], sigma: float | Array) -> Float[Array, "r r
     return grid
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _start(config: NeuSConfig, key: Array, dense: Float[Array, "r r r"] | None):
-    """Fields and their optimiser's state. As one program: each of its thirty operations alone would be compiled too."""
-    fields = neus_fields.init_fields(config.fields, key, dense)
-    return fields, build_optimizer(config).init(vars(fields))
-
-
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def _step(config: NeuSConfig, fields, optimizer_state, cache, batch, iteration, key):
     progress = iteration / config.iterations
@@ -282,9 +275,10 @@ def fit(
     """
     pool = RayPool.build(views, alphas, cameras)
     dense = None if initial_sdf is None else jnp.asarray(initial_sdf)
+    fields = neus_fields.init_fields(config.fields, jax.random.key(config.seed), dense)
     # The seed is no part of the programs: fits that differ in nothing else share them.
     compiled_for = dataclasses.replace(config, seed=0)
-    fields, optimizer_state = _start(compiled_for, jax.random.key(config.seed), dense)
+    optimizer_state = build_optimizer(config).init(vars(fields))
     generator, key = np.random.default_rng(config.seed), jax.random.key(config.seed + 1)
     bar = tqdm(range(config.iterations), desc="NeuS", unit="it", disable=not progress)
     for iteration in bar:
