@@ -90,8 +90,9 @@ def test_the_loss_is_the_weighted_error_of_the_denoised():
     noisy = latents + s * noise
     denoised = noisy / (s**2 + 1) - s / np.sqrt(s**2 + 1) * mistake * noisy / np.sqrt(s**2 + 1)
     expected = ((s**2 + 1) / s**2 * (denoised - latents) ** 2).mean((1, 2, 3, 4))
-    arguments = (jnp.asarray(x, jnp.float32) for x in (latents, noise, sigma))
+    arguments = [jnp.asarray(x, jnp.float32) for x in (latents, noise, sigma)]
     np.testing.assert_allclose(diffusion.edm_loss(network, *arguments), expected, rtol=1e-5)
+    np.testing.assert_allclose(diffusion.edm_loss_and_denoised(network, *arguments)[1], denoised, rtol=1e-4, atol=1e-5)
     weights = 1 / np.asarray(diffusion.scalings(jnp.asarray(STORED["sigma"])).c_out) ** 2
     np.testing.assert_allclose(weights, STORED["w_v"], rtol=1e-5)
 

@@ -20,6 +20,7 @@ from hi3d_jax.training.config import DataConfig, LoRAConfig, MeshConfig, Optimiz
 from hi3d_jax.training.program import TrainProgram, count_parameters
 from hi3d_jax.training.tasks import DepthTask, StageTask
 from hi3d_jax.training.tasks.autoencoder import kl, random_crops
+from hi3d_jax.training.tasks.decoded_loss import DecodedLossConfig
 from hi3d_jax.training.tasks.depth import aligned, gradient_matching, stretched
 from hi3d_jax.training.tasks.pictures import grid, over_white, psnr
 
@@ -47,9 +48,10 @@ def folders(tmp_path_factory):
 def test_both_stages_learn_under_both_recipes(folders, stage, name):
     folder, recipe = folders[stage, name]
     unet = random_networks(recipe)["unet"][1]
-    # Learning the image encoder too, on the paper's first stage, and passing pictures one at a time, on the second.
+    # The paper's first stage learns its image encoder too; the second passes pictures one at a time and decodes some.
     own = IMAGE_ENCODER if (stage, name) == (1, "paper") else None
-    task = StageTask(recipe, unet, (str(folder),), own, views_at_a_time=stage - 1)
+    decoded = DecodedLossConfig(views=stage - 1)
+    task = StageTask(recipe, unet, (str(folder),), own, views_at_a_time=stage - 1, decoded=decoded)
     program = shapes(task)
     assert set(program.state.params) == ({"unet", "image_encoder"} if own else {"unet"})
     batch = {
@@ -59,8 +61,9 @@ def test_both_stages_learn_under_both_recipes(folders, stage, name):
     if stage == 2:
         batch["coarse"] = jax.ShapeDtypeStruct((2, 2, 96, 96, 3), np.uint8)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    loss, _ = jax.eval_shape(program.loss, program.state.params, program.frozen, batch, key)
+    loss, metrics = jax.eval_shape(program.loss, program.state.params, program.frozen, batch, key)
     assert (loss.shape, loss.dtype) == ((), np.float32)
+    assert ({"latent_error", "decoded_psnr"} <= set(metrics)) == (stage == 2)
     if (stage, name) == (2, "official"):
         rows, metrics = jax.eval_shape(program.samples, program.state, program.frozen, batch, key)
         assert [row.shape for row in rows] == [(2, 96, 96, 3)] * 6, "true, coarse and made views of two videos"
@@ -101,6 +104,32 @@ def test_caches_replace_the_networks_that_made_them(folders):
     drawn = task._latents(Network(), batch, jax.random.key(0)) / vae.scaling_factor
     mean = over_white(batch["views"])[:, :, ::8, ::8, :1]
     assert float((drawn - mean).std()) == pytest.approx(1, abs=0.1), "latents are drawn, not their mean"
+
+
+def test_decoded_views_are_those_of_the_latents_and_their_error_reaches_the_network(folders):
+    class Network(nnx.Module):
+        config = random_networks(folders[2, "paper"][1])["vae"][1]
+
+        def decode(self, latents):
+            return jnp.tanh(jnp.repeat(latents[..., :3], 8, axis=1))
+
+    networks, config = {"vae": Network()}, DecodedLossConfig(views=1, psnr_weight=3.0)
+    rng = np.random.default_rng(0)
+    truth, made = (jnp.asarray(rng.normal(size=(2, 3, 4, 4, 4)), jnp.float32) for _ in range(2))
+    score = jax.jit(jax.value_and_grad(lambda x, key: config.loss(networks, x, truth, key), has_aux=True))
+    scores, gradients = zip(*[score(made, jax.random.key(seed)) for seed in range(8)], strict=True)
+    pictures = [Network().decode(x.reshape(-1, 4, 4, 4) / Network.config.scaling_factor) for x in (made, truth)]
+    each = np.asarray(psnr(*pictures)).reshape(2, 3)
+    # One view of each video is decoded, never the first; which of them hangs on the key.
+    expected = np.add.outer(each[0, 1:], each[1, 1:]) / 2
+    for total, metrics in scores:
+        assert np.isclose(float(metrics["decoded_psnr"]), expected, rtol=1e-4).any()
+        np.testing.assert_allclose(total, -3 * metrics["decoded_psnr"], rtol=1e-6)
+    assert len({float(total) for total, _ in scores}) > 1
+    steepest = np.abs(gradients).max((0, 3, 4, 5))
+    assert steepest[:, 0].max() == 0 < steepest[:, 1:].min()
+    with pytest.raises(ValueError, match="lpips_alex"):
+        dataclasses.replace(config, lpips=str(folders[2, "paper"][0])).frozen()
 
 
 def test_low_rank_updates_are_all_that_learns(folders):

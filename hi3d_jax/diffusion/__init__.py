@@ -5,7 +5,7 @@ level per video, sigma [b].
 """
 
 from hi3d_jax.diffusion.guidance import guide, guided, linear_guidance
-from hi3d_jax.diffusion.loss import edm_loss, lognormal_sigmas
+from hi3d_jax.diffusion.loss import edm_loss, edm_loss_and_denoised, lognormal_sigmas
 from hi3d_jax.diffusion.precondition import Scalings, precondition, scalings
 from hi3d_jax.diffusion.sampler import (
     Stepped,
@@ -25,6 +25,7 @@ __all__ = [
     "blend",
     "blend_weights",
     "edm_loss",
+    "edm_loss_and_denoised",
     "euler",
     "euler_step",
     "guide",

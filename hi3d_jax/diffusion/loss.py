@@ -21,15 +21,26 @@ def edm_loss(
     noise: Float[Array, "b t h w c"],
     sigma: Float[Array, " b"],
 ) -> Float[Array, " b"]:
-    """The mean over each video of (sigma^2 + 1) / sigma^2 |D(latents + sigma noise; sigma) - latents|^2.
+    """The mean over each video of (sigma^2 + 1) / sigma^2 |D(latents + sigma noise; sigma) - latents|^2."""
+    return edm_loss_and_denoised(network, latents, noise, sigma)[0]
 
-    `network` is F, as for `precondition`; `latents` are scaled, `noise` is standard normal. That weight is 1 /
+
+def edm_loss_and_denoised(
+    network: Network,
+    latents: Float[Array, "b t h w c"],
+    noise: Float[Array, "b t h w c"],
+    sigma: Float[Array, " b"],
+) -> tuple[Float[Array, " b"], Float[Array, "b t h w c"]]:
+    """`edm_loss`, and the D that it is of.
+
+    `network` is F, as for `precondition`; `latents` are scaled, `noise` is standard normal. The loss's weight is 1 /
     c_out^2, so it is computed as what it equals, |F - v|^2 with v = (noise - sigma latents) / sqrt(sigma^2 + 1): at
     sigma = 0.002 the difference D - latents has lost most of float32's digits.
     """
     sigma = sigma.astype(jnp.float32)
     s = scalings(sigma)
     noisy = latents + per_video(sigma, latents) * noise
-    predicted = network(per_video(s.c_in, noisy) * noisy, s.c_noise)
+    predicted = network(per_video(s.c_in, noisy) * noisy, s.c_noise).astype(jnp.float32)
     v = per_video(s.c_in, noisy) * noise + per_video(s.c_out, noisy) * latents
-    return jnp.mean((predicted.astype(jnp.float32) - v) ** 2, axis=(1, 2, 3, 4))
+    losses = jnp.mean((predicted - v) ** 2, axis=(1, 2, 3, 4))
+    return losses, per_video(s.c_skip, noisy) * noisy + per_video(s.c_out, noisy) * predicted

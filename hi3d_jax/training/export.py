@@ -113,7 +113,8 @@ def _as_released(
     """The networks that belong in the folder, and its recipe."""
     if isinstance(task, StageTask):
         networks["unet"].config = sizes(networks["unet"].config)
-        return networks, task.recipe.to_dict()
+        released = {name: network for name, network in networks.items() if name != task.decoded.lpips_network}
+        return released, task.recipe.to_dict()
     if not isinstance(task, AutoencoderTask):
         return {name: networks[name] for name in task.trained()}, {}
     vae = networks["vae"]

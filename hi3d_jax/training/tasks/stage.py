@@ -27,6 +27,7 @@ from hi3d_jax.stages import conditioning
 from hi3d_jax.stages.conditioning import ConditionParts, Conditions, Encoders
 from hi3d_jax.stages.recipe import Recipe
 from hi3d_jax.training.networks import NetworkSpec, Specs, found_in
+from hi3d_jax.training.tasks.decoded_loss import DecodedLossConfig
 from hi3d_jax.training.tasks.pictures import over_white, psnr
 
 # Arrays that a cache of the data set may hold for every view; with them the networks that make them are not asked.
@@ -60,6 +61,8 @@ class StageTask:
     # Views of each video that pass the frozen networks at a time, over all devices that have some of them; 0 for all,
     # which needs the most memory.
     views_at_a_time: int = 0
+    # What views look like, beside their latents; the paper has no such loss.
+    decoded: DecodedLossConfig = DecodedLossConfig()
 
     def trained(self) -> Specs:
         """The networks that learn. Raises `ValueError` where sizes do not fit each other."""
@@ -76,10 +79,10 @@ class StageTask:
         names += ["depth"] if "depth" in self.recipe.concat else []
         names += ["aesthetic_encoder", "aesthetic_predictor"] if "aesthetic" in self.recipe.vector else []
         if not self.networks:
-            return {name: RELEASED[name] for name in names}
+            return {name: RELEASED[name] for name in names} | self.decoded.frozen()
         has_own = any("conditioning_vae" in read_networks(folder) for folder in self.networks)
         names += ["conditioning_vae"] if has_own else []
-        return {name: found_in(self.networks, name) for name in names}
+        return {name: found_in(self.networks, name) for name in names} | self.decoded.frozen()
 
     def _check(self, specs: Specs) -> None:
         recipe, latents = self.recipe, specs["vae"].config.latent_channels
@@ -113,8 +116,12 @@ class StageTask:
         sigma = diffusion.lognormal_sigmas(sigma_key, (len(latents),), *recipe.log_sigma)
         noise = jax.random.normal(noise_key, latents.shape)
         network = denoiser(networks["unet"], conditioning.assemble(recipe, parts))
-        losses = diffusion.edm_loss(network, latents, noise, sigma)
-        return losses.mean(), {"latent_std": latents.std()}
+        losses, denoised = diffusion.edm_loss_and_denoised(network, latents, noise, sigma)
+        total, metrics = losses.mean(), {"latent_std": latents.std()}
+        if self.decoded.views:
+            decoded, decoded_metrics = self.decoded.loss(networks, denoised, latents, jax.random.fold_in(key, 1))
+            total, metrics = total + decoded, {**metrics, "latent_error": total, **decoded_metrics}
+        return total, metrics
 
     def encoded_arrays(self) -> tuple[str, ...]:
         """The arrays that stand for the pictures of an encoded example.
