@@ -1,5 +1,6 @@
 """Conditions: in the recipe's order, left out as often as it says, and made by the stages of the right pictures."""
 
+import contextlib
 import dataclasses
 import types
 
@@ -15,6 +16,7 @@ from hi3d_jax.stages.conditioning import ConditionParts, Encoders
 from hi3d_jax.stages.framing import to_network
 from hi3d_jax.stages.model import StageModel, random_key
 from hi3d_jax.stages.recipe import Dropping, Recipe, RecipeError
+from hi3d_jax.stages.sampling import Denoised
 
 VIEWS, SIDE, LATENT = 3, 16, 4
 
@@ -194,6 +196,26 @@ def test_stage_2_draws_the_first_view_again_unless_the_recipe_keeps_it(keeps_ima
     assert not views[1:].any()
     # Enlarged coarse views are not the picture.
     assert not refine.refine(model, pictures(VIEWS))[0].any()
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_what_a_residual_recipe_draws_is_added_to_the_coarse_latents(residual):
+    class Silent(Networks):
+        name, sample = "stage 2", StageModel.sample
+
+        @contextlib.contextmanager
+        def loaded(self, program):
+            yield lambda noisy, *rest: Denoised(jnp.zeros_like(noisy), jnp.zeros_like(noisy), jnp.array(True))
+
+        def decode(self, latents, progress=False):
+            self.seen["decoded"] = np.asarray(latents)
+            return super().decode(latents)
+
+    model, watched = Silent(recipe_of(2, blend_exponent=None, residual=residual)), []
+    refine.refine(model, pictures(VIEWS), num_steps=1, progress=False, watch=lambda done, x: watched.append(x))
+    coarse = model.scaling_factor * model.latents(jnp.asarray(model.seen["encoded"]))
+    np.testing.assert_allclose(model.seen["decoded"], coarse * residual, atol=1e-6)
+    np.testing.assert_array_equal(watched, [model.seen["decoded"]])
 
 
 def test_keys_differ_between_seeds_variants_and_stages():
