@@ -5,16 +5,12 @@
         --data.folder=train256 --data.stage1-folder=train256_coarse
 
 From each orbit some views are drawn as input images; an output record holds the generated views under the key
-KEY@START, where START is the number of the input view. Of objects that a small stage 1 learnt from it draws better
-views than of new ones, which are what stage 2 will get: with --recolour it is shown each picture with its colour
-channels in another order, and they are put back in what it draws. Run the same command again to go on after an
-interruption.
+KEY@START, where START is the number of the input view. Run the same command again to go on after an interruption.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import zlib
 from pathlib import Path
 from typing import Annotated
@@ -31,9 +27,6 @@ from hi3d_jax.data.records import OrbitRecord
 from hi3d_jax.stages.model import StageModel
 from hi3d_jax.stages.multiview import multiview
 
-# Orders of red, green and blue, the natural one first.
-CHANNEL_ORDERS = [list(order) for order in itertools.permutations(range(3))]
-
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
@@ -49,10 +42,8 @@ class Arguments:
     """Input views of each orbit, drawn at random."""
     num_steps: int | None = None
     """Steps of the sampler; the recipe's if not given."""
-    recolour: bool = False
-    """Show stage 1 other colours than those it may know the object by."""
     seed: int = 0
-    """Of the input views, the colours and the noise."""
+    """Of the input views and the noise."""
 
 
 def generate(arguments: Arguments) -> None:
@@ -64,24 +55,21 @@ def generate(arguments: Arguments) -> None:
         rng = np.random.default_rng([arguments.seed, zlib.crc32(record.key.encode())])
         inputs = over_white_bytes(resized_views(record.views, model.recipe.image_size))
         starts = sorted(rng.choice(len(inputs), min(arguments.starts, len(inputs)), replace=False).tolist())
-        return [generated_views(record, inputs[start], start, rng) for start in starts]
+        return [made(record, inputs[start], start, int(rng.integers(1 << 31))) for start in starts]
 
-    def generated_views(record: OrbitRecord, image: np.ndarray, start: int, rng: np.random.Generator) -> OrbitRecord:
-        seed = int(rng.integers(1 << 31))
-        order = CHANNEL_ORDERS[rng.integers(1, len(CHANNEL_ORDERS)) if arguments.recolour else 0]
+    def made(record: OrbitRecord, image: np.ndarray, start: int, seed: int) -> OrbitRecord:
         views = multiview(
             model,
-            image[..., order],
+            image,
             elevation_deg=record.elevation_deg,
             seed=seed,
             num_steps=arguments.num_steps,
             progress=False,
         )
-        views = views[..., np.argsort(order)]
         opaque = np.concatenate([views, np.full((*views.shape[:3], 1), 255, np.uint8)], axis=-1)
         return dataclasses.replace(record, key=f"{record.key}@{start}", views=opaque, depths=None, arrays={})
 
-    settings = {name: getattr(arguments, name) for name in ("model", "starts", "num_steps", "recolour", "seed")}
+    settings = {name: getattr(arguments, name) for name in ("model", "starts", "num_steps", "seed")}
     with tqdm(total=len(source), unit="orbit", desc=str(arguments.output)) as bar:
         for done in derive(source, arguments.output, settings, generated, depths=False, arrays=()):
             bar.update(done - bar.n)

@@ -48,8 +48,7 @@ def test_nonsense_is_refused_with_a_remedy(tmp_path):
         Recipe.from_dict({"name": "paper", "stage": 2, "concat": ["depth"]})
     with pytest.raises(PretrainedError, match="no coarse views to blend with"):
         Recipe.from_dict({"name": "paper", "stage": 1, "blend_exponent": 40.0})
-    for stage, make in ((1, Recipe.paper), (2, Recipe.official)):
-        with pytest.raises(RecipeError, match="residual needs the coarse views of stage 2, and no blending"):
-            dataclasses.replace(make(stage), residual=True)
+    with pytest.raises(PretrainedError, match="no coarse views to change"):
+        Recipe.from_dict({"name": "paper", "stage": 1, "residual": 1.0})
     with pytest.raises(PretrainedError, match="num_views 0"):
         Recipe.from_dict({"name": "paper", "stage": 1, "num_views": 0})

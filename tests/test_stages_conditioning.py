@@ -1,6 +1,5 @@
 """Conditions: in the recipe's order, left out as often as it says, and made by the stages of the right pictures."""
 
-import contextlib
 import dataclasses
 import types
 
@@ -16,7 +15,6 @@ from hi3d_jax.stages.conditioning import ConditionParts, Encoders
 from hi3d_jax.stages.framing import to_network
 from hi3d_jax.stages.model import StageModel, random_key
 from hi3d_jax.stages.recipe import Dropping, Recipe, RecipeError
-from hi3d_jax.stages.sampling import Denoised
 
 VIEWS, SIDE, LATENT = 3, 16, 4
 
@@ -198,24 +196,23 @@ def test_stage_2_draws_the_first_view_again_unless_the_recipe_keeps_it(keeps_ima
     assert not refine.refine(model, pictures(VIEWS))[0].any()
 
 
-@pytest.mark.parametrize("residual", [True, False])
-def test_what_a_residual_recipe_draws_is_added_to_the_coarse_latents(residual):
-    class Silent(Networks):
-        name, sample = "stage 2", StageModel.sample
-
-        @contextlib.contextmanager
-        def loaded(self, program):
-            yield lambda noisy, *rest: Denoised(jnp.zeros_like(noisy), jnp.zeros_like(noisy), jnp.array(True))
-
+@pytest.mark.parametrize("residual", [None, 0.5, 1.0])
+def test_a_residual_recipe_puts_a_share_of_the_change_onto_the_coarse_views(residual):
+    class Decoder(Networks):
         def decode(self, latents, progress=False):
-            self.seen["decoded"] = np.asarray(latents)
-            return super().decode(latents)
+            decoded.append(np.asarray(latents))
+            return np.full((VIEWS, SIDE, SIDE, 3), 100 * len(decoded), np.uint8)
 
-    model, watched = Silent(recipe_of(2, blend_exponent=None, residual=residual)), []
-    refine.refine(model, pictures(VIEWS), num_steps=1, progress=False, watch=lambda done, x: watched.append(x))
-    coarse = model.scaling_factor * model.latents(jnp.asarray(model.seen["encoded"]))
-    np.testing.assert_allclose(model.seen["decoded"], coarse * residual, atol=1e-6)
-    np.testing.assert_array_equal(watched, [model.seen["decoded"]])
+    model, decoded = Decoder(recipe_of(2, blend_exponent=None, residual=residual)), []
+    views = refine.refine(model, pictures(VIEWS), progress=False)
+    np.testing.assert_array_equal(decoded[0], model.seen["noise"][0])
+    if residual is None:
+        assert len(decoded) == 1
+        np.testing.assert_array_equal(views, np.full_like(views, 100))
+    else:
+        # Decoded are 100, and 200 for the coarse latents: within what bytes hold, that is taken from the coarse views.
+        np.testing.assert_array_equal(decoded[1], model.seen["parts"].latents[0] * model.scaling_factor)
+        np.testing.assert_array_equal(views, np.maximum(pictures(VIEWS) - 100 * residual, 0))
 
 
 def test_keys_differ_between_seeds_variants_and_stages():

@@ -150,11 +150,6 @@ def assemble(recipe: Recipe, parts: ConditionParts) -> Conditions:
     )
 
 
-def drawn_onto(recipe: Recipe, parts: ConditionParts, scaling_factor: float) -> Array | float:
-    """The scaled latents [b t h w c] that the drawn ones are added to: nothing, but for `residual` recipes."""
-    return parts.latents * scaling_factor if recipe.residual else 0.0
-
-
 def unconditional(parts: ConditionParts) -> ConditionParts:
     """The same with nothing of what shows the object; elevation, cond_aug and the aesthetic score stay."""
     return parts._replace(

@@ -191,11 +191,10 @@ class StageModel:
         conditions = conditioning.for_guidance(recipe, parts)
         blending = None if recipe.blend_exponent is None else Blending(coarse, noise)
         noisy = diffusion.initial_noisy(noise, np.asarray([level.sigma for level in levels]))
-        base = conditioning.drawn_onto(recipe, parts, self.scaling_factor)
-        show = None if watch is None else lambda done, denoised: watch(done, (base + denoised)[0])
+        show = None if watch is None else lambda done, denoised: watch(done, denoised[0])
         with self.loaded(self.programs["denoise_step"]) as call:
             step = lambda noisy, level: call(noisy, level, scale, conditions, blending)  # noqa: E731
-            return (base + sample(step, noisy, levels, self.name, progress, kept, show))[0]
+            return sample(step, noisy, levels, self.name, progress, kept, show)[0]
 
     def decode(self, latents: Float[Array, "t h w c"], progress: bool = False) -> UInt8[np.ndarray, "t h2 w2 3"]:
         """The views of scaled latents. Raises `StageError` where they are not finite."""

@@ -61,9 +61,9 @@ class Recipe:
     # Stage 2's view 0 is the input image itself, where it is at hand: for models that draw it less sharply than it was.
     refined_first_view_is_image: bool = False
 
-    # What stage 2 draws is what its latents have besides those of the coarse views: a network that has learnt nothing
-    # yet changes nothing.
-    residual: bool = False
+    # Stage 2's views are the coarse ones and this share of what they change by between two decodings, of the coarse
+    # latents and of those that are drawn: what the autoencoder cannot hold stays. None: they are what is decoded.
+    residual: float | None = None
 
     # What the added vector is made of, 256 numbers each, and what is concatenated behind the noisy latents.
     vector: tuple[VectorCondition, ...] = ("elevation", "cond_aug")
@@ -106,8 +106,8 @@ class Recipe:
             )
         if self.stage == 1 and self.blend_exponent is not None:
             raise RecipeError("stage 1 has no coarse views to blend with: blend_exponent must be null")
-        if self.residual and (self.stage == 1 or self.blend_exponent is not None):
-            raise RecipeError("residual needs the coarse views of stage 2, and no blending with them: set it to false")
+        if self.stage == 1 and self.residual is not None:
+            raise RecipeError("stage 1 has no coarse views to change: residual must be null")
         if self.num_views < 1 or self.image_size < 8 or self.depth_unfold < 1:
             raise RecipeError(
                 f"num_views {self.num_views}, image_size {self.image_size} and depth_unfold {self.depth_unfold} must "

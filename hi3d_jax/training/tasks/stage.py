@@ -112,17 +112,14 @@ class StageTask:
         recipe = self.recipe
         latents_key, sigma_key, noise_key, condition_key, drop_key = jax.random.split(key, 5)
         latents = self._latents(networks["vae"], batch, latents_key)
-        parts = self._condition_parts(networks, batch, condition_key)
-        base = conditioning.drawn_onto(recipe, parts, networks["vae"].config.scaling_factor)
-        parts = conditioning.drop(recipe, parts, drop_key)
+        parts = conditioning.drop(recipe, self._condition_parts(networks, batch, condition_key), drop_key)
         sigma = diffusion.lognormal_sigmas(sigma_key, (len(latents),), *recipe.log_sigma)
         noise = jax.random.normal(noise_key, latents.shape)
         network = denoiser(networks["unet"], conditioning.assemble(recipe, parts))
-        losses, denoised = diffusion.edm_loss_and_denoised(network, latents - base, noise, sigma)
+        losses, denoised = diffusion.edm_loss_and_denoised(network, latents, noise, sigma)
         total, metrics = losses.mean(), {"latent_std": latents.std()}
         if self.decoded.views:
-            decode_key = jax.random.fold_in(key, 1)
-            decoded, decoded_metrics = self.decoded.loss(networks, base + denoised, latents, decode_key)
+            decoded, decoded_metrics = self.decoded.loss(networks, denoised, latents, jax.random.fold_in(key, 1))
             total, metrics = total + decoded, {**metrics, "latent_error": total, **decoded_metrics}
         return total, metrics
 
@@ -240,8 +237,10 @@ class StageTask:
             coarse_latents = parts.latents * vae.config.scaling_factor
             before = lambda x, i: diffusion.blend(x, coarse_latents, noise, jnp.asarray(sigmas)[i], weights[i])  # noqa: E731
         latents = diffusion.euler(denoise, noisy, sigmas, before)
-        latents = latents + conditioning.drawn_onto(recipe, parts, vae.config.scaling_factor)
         made = vae.decode(latents / vae.config.scaling_factor)
+        if recipe.residual is not None:
+            change = jnp.clip(made, -1, 1) - jnp.clip(vae.decode(parts.latents), -1, 1)
+            made = over_white(batch["coarse"]) + recipe.residual * change
         metrics = {"sample_psnr": psnr(made[:, 1:], views[:, 1:]).mean()}
         kinds = [views, made]
         if recipe.stage == 2:
