@@ -21,7 +21,10 @@ def edm_loss(
     noise: Float[Array, "b t h w c"],
     sigma: Float[Array, " b"],
 ) -> Float[Array, " b"]:
-    """The mean over each video of (sigma^2 + 1) / sigma^2 |D(latents + sigma noise; sigma) - latents|^2."""
+    """The mean over each video of (sigma^2 + 1) / sigma^2 |D(latents + sigma noise; sigma) - latents|^2.
+
+    Takes what `edm_loss_and_denoised` takes.
+    """
     return edm_loss_and_denoised(network, latents, noise, sigma)[0]
 
 
