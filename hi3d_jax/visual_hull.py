@@ -124,6 +124,40 @@ def carve_by_depths(
     return dataclasses.replace(hull, sdf=np.maximum(hull.sdf, carved).astype(np.float32))
 
 
+def carve_by_stereo(
+    hull: VisualHull,
+    depths: Float[np.ndarray, "t h w"],
+    cameras: Cameras,
+    truncation: float = 0.03,
+    witnesses: int = 2,
+    quantile: float = 0.35,
+) -> VisualHull:
+    """Carves from the hull what lies in front of the surface on which measured `depths` (z along the optical axis, NaN
+    where there are none) agree.
+
+    For each point every view that is no more than `truncation` (world units) in front of it tells its signed distance;
+    of these the `quantile` counts, so that most of them have to be wrong in the same way to dig a pit, where there are
+    `witnesses` of them at least.
+    """
+    near = np.flatnonzero(hull.sdf.reshape(-1) < 2 * hull.spacing)
+    index = np.stack(np.unravel_index(near, hull.sdf.shape), axis=1)
+    pixels, distance = project((hull.lower + index * hull.spacing).astype(np.float32), cameras)
+    height, width = depths.shape[1:]
+    told = np.full((len(cameras), len(near)), np.nan, np.float32)
+    for view, depth in enumerate(depths):
+        column, row = np.floor(pixels[view]).astype(int).T
+        within = (column >= 0) & (row >= 0) & (column < width) & (row < height) & (distance[view] > 0)
+        told[view, within] = depth[row[within], column[within]] - distance[view, within]
+    told = np.sort(np.where(told > -truncation, np.minimum(told, truncation), np.nan), axis=0)  # NaN last
+    count = np.isfinite(told).sum(axis=0)
+    place = np.round(quantile * np.maximum(count - 1, 0)).astype(int)
+    signed = np.take_along_axis(told, place[None], axis=0)[0]
+    grid = np.full(hull.sdf.size, -truncation, np.float32)
+    grid[near] = np.where(count >= witnesses, signed, -truncation)
+    carved = ndimage.gaussian_filter(grid.reshape(hull.sdf.shape), 1.0)
+    return dataclasses.replace(hull, sdf=np.maximum(hull.sdf, carved).astype(np.float32))
+
+
 def touches_border(alpha: Float[np.ndarray, "h w"]) -> bool:
     """Whether the mask runs into the frame's border, so that the view shows only a part of the object."""
     return bool(max(alpha[0].max(), alpha[-1].max(), alpha[:, 0].max(), alpha[:, -1].max()) > 0.5)

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each part may import the parts named here (and itself). Parts in one layer do not know each other.
 BASE = {"atomic", "cameras", "cluster", "images", "video", "visual_hull"}
-NETWORKS_AND_GEOMETRY = {"models", "diffusion", "splatting", "neus", "mesh"}
+NETWORKS_AND_GEOMETRY = {"models", "diffusion", "splatting", "neus", "mesh", "stereo"}
 ALLOWED = {
     "atomic": set(),
     "cameras": {"atomic"},
@@ -28,6 +28,7 @@ ALLOWED = {
     "splatting": BASE,
     "neus": BASE,
     "mesh": BASE,
+    "stereo": BASE,
     "evaluation": BASE | {"mesh", "models", "pretrained"},
     "stages": BASE | NETWORKS_AND_GEOMETRY | {"pretrained", "evaluation"},
     "data": BASE | NETWORKS_AND_GEOMETRY | {"stages"},

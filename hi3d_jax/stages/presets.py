@@ -67,7 +67,7 @@ PRESETS: dict[Quality, ReconstructConfig] = {
         image_size=256,
         hull_resolution=96,
         num_gaussians=5_000,
-        splats=FitConfig(steps=450),
+        splats=FitConfig(steps=300),
         neus=NeuSConfig(iterations=300, sdf_learning_rate=2e-5),
         resolution=192,
         num_faces=20_000,

@@ -1,7 +1,8 @@
 """Stage 3 (paper section 4.4): from an orbit of views to a textured mesh.
 
 Gaussians are fitted to the N views and drawn from M cameras between them; NeuS is fitted to all N + M, starting at the
-visual hull of the masks; its zero level becomes a mesh, whose texture comes from the N views at their full resolution.
+visual hull of the masks less what the Gaussians and a plane sweep find empty; its zero level becomes a mesh, whose
+texture comes from the N views at their full resolution.
 With an output folder every step leaves a file to look at, and what the next step uses is what that file holds, so a run
 that is interrupted and resumed gives what it would have given.
 """
@@ -21,7 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from hi3d_jax import mesh as meshes
-from hi3d_jax import neus, splatting, visual_hull
+from hi3d_jax import neus, splatting, stereo, visual_hull
 from hi3d_jax.atomic import written_aside
 from hi3d_jax.cameras import Cameras, between_neighbours, read_transforms
 from hi3d_jax.images import over_white, read_image, resize, write_png
@@ -41,6 +42,8 @@ Made = TypeVar("Made")
 # mean - spread lay more than .02 behind the surface for up to 2.7 % of all pixels, enough to dig pits; with this limit
 # for up to 0.2 %.
 MOST_SPREAD = 0.03
+# Pixels: larger views would take longer to compare than they tell more.
+STEREO_SIZE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +127,7 @@ class _Fits:
     @functools.cached_property
     def small(self) -> Orbit:
         """The views at most `image_size` pixels long."""
-        cameras = self.orbit.cameras
-        scale = min(1.0, self.config.image_size / max(cameras.width, cameras.height))
-        width, height = max(round(cameras.width * scale), 1), max(round(cameras.height * scale), 1)
-        # Over white and alpha are both linear in the pixels, so they can be averaged as they are.
-        views = np.stack([resize(view, width, height) for view in self.orbit.views])
-        alphas = np.stack([resize(alpha[..., None], width, height)[..., 0] for alpha in self.orbit.alphas])
-        return Orbit(views, alphas, cameras.resized(width, height))
+        return _at_most(self.orbit, self.config.image_size)
 
     @functools.cached_property
     def hull(self) -> visual_hull.VisualHull:
@@ -154,13 +151,14 @@ class _Fits:
         return Orbit(views, alphas, cameras)
 
     def surface(self, gaussians: Gaussians | None, between: Orbit | None) -> FittedSurface:
-        """NeuS on the views and those `between` them, started at what masks and splats leave of space."""
+        """NeuS on the views and those `between` them, started at what masks, splats and stereo leave of space."""
         parts = [self.small] if between is None else [self.small, between]
         alphas = np.concatenate([part.alphas for part in parts])
         cameras = Cameras.concatenate([part.cameras for part in parts])
         start = self.hull
         if gaussians is not None:
             start = visual_hull.carve_by_depths(start, _fronts(gaussians, cameras), alphas, cameras)
+        start = self.carve_by_stereo(start)
         return neus.fit(
             np.concatenate([part.views for part in parts]),
             alphas,
@@ -170,9 +168,28 @@ class _Fits:
             progress=self.progress,
         )
 
+    def carve_by_stereo(self, start: visual_hull.VisualHull) -> visual_hull.VisualHull:
+        """`start` without what lies before the surface that neighbouring views agree on."""
+        small = _at_most(self.small, STEREO_SIZE)
+        half_side = np.full(3, self.config.neus.fields.half_side)
+        body = meshes.extract_surface(self.hull.sample, -half_side, half_side, self.config.hull_resolution)
+        depths = stereo.sweep(small.views, small.alphas, small.cameras, meshes.depth_maps(body, small.cameras))
+        return visual_hull.carve_by_stereo(start, depths, small.cameras)
+
     def outside(self, points: np.ndarray) -> np.ndarray:
         """Signed distances to the space that the masks allow, half a cell of doubt granted."""
         return self.hull.sample(points) - 0.5 * self.hull.spacing
+
+
+def _at_most(orbit: Orbit, size: int) -> Orbit:
+    """The views with their longer side at most `size` pixels."""
+    cameras = orbit.cameras
+    scale = min(1.0, size / max(cameras.width, cameras.height))
+    width, height = max(round(cameras.width * scale), 1), max(round(cameras.height * scale), 1)
+    # Over white and alpha are both linear in the pixels, so they can be averaged as they are.
+    views = np.stack([resize(view, width, height) for view in orbit.views])
+    alphas = np.stack([resize(alpha[..., None], width, height)[..., 0] for alpha in orbit.alphas])
+    return Orbit(views, alphas, cameras.resized(width, height))
 
 
 def _fronts(gaussians: Gaussians, cameras: Cameras) -> Float[np.ndarray, "t h w"]:

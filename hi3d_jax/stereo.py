@@ -1,0 +1,163 @@
+"""Depths of views by plane sweep (Collins 1996): how far behind the visual hull two neighbours see the same thing.
+
+The planes follow the hull: each pixel's depth is the hull's plus an offset that all share, so that windows lie about as
+the surface does. A search, unlike a fit's gradient, crosses the gap between a flat or hollow side and the hull, which
+bulges over it where no mask can tell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from hi3d_jax.cameras import Cameras
+
+# Degrees between the directions of two views: nearer ones tell depths badly, farther ones look different.
+ANGLE_RANGE, BEST_ANGLE = (8.0, 50.0), 20.0
+NUM_NEIGHBOURS = 2
+# Variance of windows, sRGB: keeps the correlation of plain ones from being noise over noise.
+NOISE = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """Lengths in world units. `window`: pixels along its side."""
+
+    reach: float = 0.144
+    step: float = 0.003
+    window: int = 9
+    agreement: float = 0.8  # the least correlation that counts, of at most 1
+    contrast: float = 0.02  # the least standard deviation of a window, sRGB: plain ones agree everywhere
+    slack: float = 0.03  # of offsets that agree as well as the best but for this, the nearest is taken
+
+
+def sweep(
+    views: Float[np.ndarray, "t h w 3"],
+    alphas: Float[np.ndarray, "t h w"],
+    cameras: Cameras,
+    fronts: Float[np.ndarray, "t h w"],
+    config: SweepConfig = SweepConfig(),
+) -> Float[np.ndarray, "t h w"]:
+    """Depths (z along the optical axis) at which each of the `views` (sRGB in [0, 1]) agrees best with a neighbour; NaN
+    where none does, where nothing can be told, and where a view has no neighbour.
+
+    `fronts`: depths in front of which there is nothing, as of the hull; infinite beside it.
+    """
+    offsets = np.arange(0.0, config.reach, config.step, dtype=np.float32)
+    pictures = jnp.asarray(np.concatenate([views, alphas[..., None]], axis=-1).transpose(0, 3, 1, 2), jnp.float32)
+    c2w, w2c, K = (jnp.asarray(array, jnp.float32) for array in (cameras.c2w, cameras.w2c, cameras.K))
+    depths = np.full(fronts.shape, np.nan, np.float32)
+    for view, others in enumerate(neighbours(cameras)):
+        seen = np.isfinite(fronts[view]) & (alphas[view] > 0.5)
+        if len(others) == 0 or not seen.any():
+            continue
+        front = np.where(seen, fronts[view], np.median(fronts[view][seen])).astype(np.float32)
+        place, agreement, contrast = _sweep_view(
+            pictures[view], pictures[others], front, K[view], K[others], w2c[others] @ c2w[view], offsets, config
+        )
+        told = seen & (np.asarray(agreement) >= config.agreement) & (np.asarray(contrast) >= config.contrast)
+        depths[view] = np.where(told, front + offsets[np.asarray(place)], np.nan)
+    return depths
+
+
+def neighbours(cameras: Cameras) -> list[Int[np.ndarray, " k"]]:
+    """For each view, the `NUM_NEIGHBOURS` others (or the one twice, or none) whose angle to it suits best."""
+    forward = cameras.c2w[:, :3, 2]
+    angles = np.degrees(np.arccos(np.clip(forward @ forward.T, -1, 1)))
+    chosen = []
+    for row in angles:
+        usable = np.flatnonzero((row >= ANGLE_RANGE[0]) & (row <= ANGLE_RANGE[1]))
+        best = usable[np.argsort(np.abs(row[usable] - BEST_ANGLE), kind="stable")[:NUM_NEIGHBOURS]]
+        # One number of neighbours, one compilation.
+        chosen.append(np.resize(best, NUM_NEIGHBOURS if len(best) else 0))
+    return chosen
+
+
+@functools.partial(jax.jit, static_argnums=7)
+def _sweep_view(picture, others, front, K, other_K, relative, offsets, config: SweepConfig):
+    """For each pixel the chosen offset's index, its correlation, and the contrast of the window."""
+    height, width = front.shape
+    column, row = jnp.arange(width) + 0.5, jnp.arange(height) + 0.5
+    rays = jnp.stack(
+        [
+            jnp.broadcast_to((column - K[0, 2]) / K[0, 0], front.shape),
+            jnp.broadcast_to(((row - K[1, 2]) / K[1, 1])[:, None], front.shape),
+            jnp.ones_like(front),
+        ]
+    )
+
+    def agree(offset):
+        def with_other(other, K, relative):
+            warped, inside = _warp(other, K, relative, rays * (front + offset)[None])
+            correlation, contrast = _correlate(picture, warped, config.window)
+            return jnp.where(inside, correlation, -1.0), contrast
+
+        correlations, contrasts = jax.vmap(with_other)(others, other_K, relative)
+        # What one neighbour does not see, hidden from it, the other one often does.
+        return correlations.max(axis=0), contrasts.max(axis=0)
+
+    correlations, contrasts = jax.lax.map(agree, offsets)
+    best = correlations.max(axis=0)
+    place = (correlations >= best[None] - config.slack).argmax(axis=0)
+    last = len(offsets) - 1
+
+    def climb(place, _):
+        here, there = (
+            jnp.take_along_axis(correlations, at[None], 0)[0] for at in (place, jnp.minimum(place + 1, last))
+        )
+        return jnp.where(there > here, jnp.minimum(place + 1, last), place), None
+
+    # From the first good one to the top of its hill.
+    place, _ = jax.lax.scan(climb, place, length=4)
+    return place, best, contrasts[0]
+
+
+def _warp(picture, K, relative, points):
+    """`picture` [4 h w] at where `points` [3 h w] of the first camera fall in it, and whether there is its object."""
+    height, width = picture.shape[1:]
+    x, y, z = jnp.einsum("ij,jhw->ihw", relative[:3, :3], points) + relative[:3, 3, None, None]
+    x = jnp.clip(K[0, 0] * x / z + K[0, 2] - 0.5, 0, width - 1.001)
+    y = jnp.clip(K[1, 1] * y / z + K[1, 2] - 0.5, 0, height - 1.001)
+    left, top = x.astype(jnp.int32), y.astype(jnp.int32)
+    across, down = (x - left)[None], (y - top)[None]
+    flat = picture.reshape(4, -1)
+
+    def at(row, column):
+        return flat[:, row * width + column]
+
+    upper = at(top, left) * (1 - across) + at(top, left + 1) * across
+    lower = at(top + 1, left) * (1 - across) + at(top + 1, left + 1) * across
+    warped = upper * (1 - down) + lower * down
+    return warped, (warped[3] > 0.5) & (z > 0)
+
+
+def _correlate(picture, warped, window: int):
+    """Normalised correlation of the colours of two pictures [4 h w] in windows, and the first one's contrast there.
+
+    Pixels count by how far both show the object: what stands behind an outline is no part of it.
+    """
+    weight = picture[3:] * warped[3:]
+    one, other = picture[:3], warped[:3]
+    products = [(weight * a * b).sum(axis=0, keepdims=True) for a, b in ((one, one), (other, other), (one, other))]
+    sums = _window_sums(jnp.concatenate([weight, weight * one, weight * other, *products]), window)
+    count = jnp.maximum(sums[0], 1e-3)
+    mean, other_mean = sums[1:4] / count[None], sums[4:7] / count[None]
+    variance = jnp.maximum(sums[7] / count - (mean**2).sum(axis=0), 0)
+    other_variance = jnp.maximum(sums[8] / count - (other_mean**2).sum(axis=0), 0)
+    covariance = sums[9] / count - (mean * other_mean).sum(axis=0)
+    correlation = covariance / jnp.sqrt((variance + NOISE) * (other_variance + NOISE))
+    return jnp.where(count >= window * window / 4, correlation, -1.0), jnp.sqrt(variance)
+
+
+def _window_sums(images, window: int):
+    """Sums over the square around each pixel, zero outside the image."""
+    for axis in (1, 2):
+        margin = [(window // 2, window // 2) if a == axis else (0, 0) for a in range(3)]
+        padded, size = jnp.pad(images, margin), images.shape[axis]
+        images = sum(jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(window))
+    return images

@@ -1,0 +1,131 @@
+"""Plane sweep on a textured ball whose depths are known, below a "hull" that bulges over it."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hi3d_jax import cameras as camera_module
+from hi3d_jax import stereo, visual_hull
+from hi3d_jax.cameras import Cameras
+from hi3d_jax.stereo import SweepConfig
+
+RADIUS, BULGE = 0.35, 0.06
+SIZE = 96
+
+
+def ball(cameras: Cameras, radius: float = RADIUS):
+    """Colours (a solid texture, over white), masks, and depths (infinite beside the ball) of a ball at the origin."""
+    origins, directions = camera_module.pixel_rays(cameras)
+    closest = -(origins * directions).sum(-1)
+    inside = radius**2 - ((origins + closest[..., None] * directions) ** 2).sum(-1)
+    seen = inside > 0
+    distance = closest - np.sqrt(np.maximum(inside, 0))
+    points = origins + distance[..., None] * directions
+    generator = np.random.default_rng(0)
+    waves = generator.normal(size=(12, 3)) * 25
+    colours = 0.5 + 0.12 * np.einsum("...i,ic->...c", np.sin(points @ waves.T), generator.normal(size=(12, 3)))
+    colours = np.where(seen[..., None], np.clip(colours, 0, 1), 1).astype(np.float32)
+    depth = distance * (directions * cameras.c2w[:, None, None, :3, 2]).sum(-1)
+    return colours, seen.astype(np.float32), np.where(seen, depth, np.inf).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def cameras():
+    return camera_module.orbit(elevation_deg=20.0, width=SIZE)
+
+
+@pytest.fixture(scope="module")
+def swept(cameras):
+    views, alphas, depths = ball(cameras)
+    fronts = np.where(np.isfinite(depths), depths - BULGE, np.inf)
+    return stereo.sweep(views, alphas, cameras, fronts), depths
+
+
+def test_depths_are_found_behind_the_bulge(cameras, swept):
+    found, depths = swept
+    seen = np.isfinite(depths)
+    assert np.isnan(found[~seen]).all()
+    told = np.isfinite(found)
+    assert told.sum() > 0.6 * seen.sum()
+    errors = np.abs(found - depths)[told]
+    pixel = 1.5 / cameras.K[0, 0, 0]
+    assert np.median(errors) < 0.6 * pixel
+    assert (errors < 1.5 * pixel).mean() > 0.9
+
+
+def test_plain_things_tell_no_depth(cameras):
+    views, alphas, depths = ball(cameras)
+    plain = np.where(alphas[..., None] > 0, np.float32(0.5), np.ones_like(views))
+    assert np.isnan(stereo.sweep(plain, alphas, cameras, depths)).all()
+
+
+def test_without_a_neighbour_nothing_is_told(cameras):
+    views, alphas, depths = ball(cameras)
+    opposite = [0, 8]
+    found = stereo.sweep(views[opposite], alphas[opposite], cameras[opposite], depths[opposite])
+    assert np.isnan(found).all()
+
+
+def test_neighbours_in_an_orbit_stand_beside(cameras):
+    chosen = stereo.neighbours(cameras)
+    assert [set(others) for others in chosen] == [{(view - 1) % 16, (view + 1) % 16} for view in range(16)]
+    assert [list(others) for others in stereo.neighbours(cameras[[0, 1, 8]])] == [[1, 1], [0, 0], []]
+
+
+def test_correlation_is_that_of_every_window():
+    generator = np.random.default_rng(1)
+    one, other = generator.uniform(0.6, 1, (2, 4, 12, 14)).astype(np.float32)
+    window = 5
+    correlation, contrast = stereo._correlate(jnp.asarray(one), jnp.asarray(other), window)
+    for row, column in ((2, 2), (5, 7), (9, 11)):
+        part = np.s_[:, row - 2 : row + 3, column - 2 : column + 3]
+        weight = one[3:][part] * other[3:][part]
+        a, b = one[:3][part], other[:3][part]
+        a, b = (x - (weight * x).sum((1, 2), keepdims=True) / weight.sum() for x in (a, b))
+        variances = [(weight * x * x).sum() / weight.sum() for x in (a, b)]
+        expected = (weight * a * b).sum() / weight.sum() / np.sqrt(np.prod(np.add(variances, stereo.NOISE)))
+        np.testing.assert_allclose(correlation[row, column], expected, atol=1e-4)
+        np.testing.assert_allclose(contrast[row, column], np.sqrt(variances[0]), atol=1e-4)
+
+
+def test_what_lies_before_the_agreed_surface_is_carved(cameras, swept):
+    _, alphas, _ = ball(cameras, RADIUS + BULGE)
+    hull = visual_hull.carve(alphas, cameras, 64)
+    carved = visual_hull.carve_by_stereo(hull, swept[0], cameras)
+    angles = np.linspace(0, 2 * np.pi, 40)
+    belt = np.stack([np.cos(angles), np.sin(angles), np.full(40, 0.2)], 1) / np.hypot(1, 0.2)
+    assert (hull.sample((RADIUS + 0.03) * belt) < 0).all()
+    assert (carved.sample((RADIUS + 0.03) * belt) > 0).all()
+    assert (carved.sample((RADIUS - 0.03) * belt) < 0).all()
+
+
+def test_a_minority_that_looks_too_deep_digs_no_pit(cameras):
+    _, alphas, depths = ball(cameras)
+    hull = visual_hull.carve(alphas, cameras, 64)
+    depths = np.where(np.isfinite(depths), depths, np.nan)
+    depths[4] += 0.1
+    inside = (RADIUS - 0.03) * cameras.centres[4] / np.linalg.norm(cameras.centres[4])
+    assert visual_hull.carve_by_stereo(hull, depths, cameras).sample(inside[None]) < 0
+    # The same where that view is the only one: nothing else holds it back but the number of witnesses.
+    alone = np.full_like(depths, np.nan)
+    alone[4] = depths[4]
+    assert visual_hull.carve_by_stereo(hull, alone, cameras).sample(inside[None]) < 0
+    assert visual_hull.carve_by_stereo(hull, alone, cameras, witnesses=1).sample(inside[None]) > 0
+
+
+def test_no_depths_carve_nothing(cameras):
+    _, alphas, _ = ball(cameras)
+    hull = visual_hull.carve(alphas, cameras, 48)
+    carved = visual_hull.carve_by_stereo(hull, np.full(alphas.shape, np.nan, np.float32), cameras)
+    np.testing.assert_array_equal(carved.sdf < 0, hull.sdf < 0)
+
+
+def test_offsets_reach_as_far_as_asked(cameras):
+    views, alphas, depths = ball(cameras)
+    near = dataclasses.replace(SweepConfig(), reach=0.03)
+    fronts = np.where(np.isfinite(depths), depths - BULGE, np.inf)
+    found = stereo.sweep(views, alphas, cameras, fronts, near)
+    told = np.isfinite(found)
+    assert (found - fronts)[told].max() <= near.reach if told.any() else True
