@@ -162,7 +162,7 @@ def main() -> None:
     quick = arguments.quick
     step_table((10_000,) if quick else (1_000, 10_000, 50_000), (256,) if quick else (256, 512), arguments.repeats)
     if arguments.scene:
-        fit_table(arguments.scene, arguments.image_folder, (250, 650) if quick else (250, 650, 1000, 2000))
+        fit_table(arguments.scene, arguments.image_folder, (130, 300) if quick else (130, 300, 1000, 2000))
 
 
 if __name__ == "__main__":
