@@ -50,15 +50,16 @@ def sweep(
     """
     offsets = np.arange(0.0, config.reach, config.step, dtype=np.float32)
     pictures = jnp.asarray(np.concatenate([views, alphas[..., None]], axis=-1).transpose(0, 3, 1, 2), jnp.float32)
-    c2w, w2c, K = (jnp.asarray(array, jnp.float32) for array in (cameras.c2w, cameras.w2c, cameras.K))
+    K = jnp.asarray(cameras.K, jnp.float32)
     depths = np.full(fronts.shape, np.nan, np.float32)
     for view, others in enumerate(neighbours(cameras)):
         seen = np.isfinite(fronts[view]) & (alphas[view] > 0.5)
         if len(others) == 0 or not seen.any():
             continue
         front = np.where(seen, fronts[view], np.median(fronts[view][seen])).astype(np.float32)
+        relative = (cameras.w2c[others] @ cameras.c2w[view]).astype(np.float32)
         place, agreement, contrast = _sweep_view(
-            pictures[view], pictures[others], front, K[view], K[others], w2c[others] @ c2w[view], offsets, config
+            pictures[view], pictures[others], front, K[view], K[others], relative, offsets, config
         )
         told = seen & (np.asarray(agreement) >= config.agreement) & (np.asarray(contrast) >= config.contrast)
         depths[view] = np.where(told, front + offsets[np.asarray(place)], np.nan)
@@ -120,7 +121,9 @@ def _sweep_view(picture, others, front, K, other_K, relative, offsets, config: S
 def _warp(picture, K, relative, points):
     """`picture` [4 h w] at where `points` [3 h w] of the first camera fall in it, and whether there is its object."""
     height, width = picture.shape[1:]
-    x, y, z = jnp.einsum("ij,jhw->ihw", relative[:3, :3], points) + relative[:3, 3, None, None]
+    # At a TPU's usual precision the points would fall pixels beside.
+    turned = jnp.einsum("ij,jhw->ihw", relative[:3, :3], points, precision=jax.lax.Precision.HIGHEST)
+    x, y, z = turned + relative[:3, 3, None, None]
     x = jnp.clip(K[0, 0] * x / z + K[0, 2] - 0.5, 0, width - 1.001)
     y = jnp.clip(K[1, 1] * y / z + K[1, 2] - 0.5, 0, height - 1.001)
     left, top = x.astype(jnp.int32), y.astype(jnp.int32)

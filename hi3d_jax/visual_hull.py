@@ -102,9 +102,7 @@ def carve_by_depths(
     front of them in at least `witnesses` views. An average over the views, as depth maps are often fused by, would let
     a few depths far behind the surface dig holes into it. `reach`: how deep one call carves at most.
     """
-    near = np.flatnonzero(hull.sdf.reshape(-1) < 2 * hull.spacing)
-    index = np.stack(np.unravel_index(near, hull.sdf.shape), axis=1)
-    points = (hull.lower + index * hull.spacing).astype(np.float32)
+    near, points = _near(hull)
     pixels, distance = project(points, cameras)
     height, width = alphas.shape[1:]
     # The largest distances in front, over the views seen so far, in no order.
@@ -117,11 +115,7 @@ def carve_by_depths(
         before = np.clip(front[row, column] - distance[view], -reach, reach)
         lowest = best.argmin(axis=0)[None]
         np.put_along_axis(best, lowest, np.maximum(np.take_along_axis(best, lowest, 0), before[None]), 0)
-    grid = np.full(hull.sdf.size, -reach, np.float32)
-    grid[near] = best.min(axis=0)
-    # Neighbouring points may be seen by different views: a blur of one cell takes the ragged edges between them.
-    carved = ndimage.gaussian_filter(grid.reshape(hull.sdf.shape), 1.0) - margin
-    return dataclasses.replace(hull, sdf=np.maximum(hull.sdf, carved).astype(np.float32))
+    return _less(hull, near, best.min(axis=0), -reach, margin)
 
 
 def carve_by_stereo(
@@ -139,9 +133,8 @@ def carve_by_stereo(
     of these the `quantile` counts, so that most of them have to be wrong in the same way to dig a pit, where there are
     `witnesses` of them at least.
     """
-    near = np.flatnonzero(hull.sdf.reshape(-1) < 2 * hull.spacing)
-    index = np.stack(np.unravel_index(near, hull.sdf.shape), axis=1)
-    pixels, distance = project((hull.lower + index * hull.spacing).astype(np.float32), cameras)
+    near, points = _near(hull)
+    pixels, distance = project(points, cameras)
     height, width = depths.shape[1:]
     told = np.full((len(cameras), len(near)), np.nan, np.float32)
     for view, depth in enumerate(depths):
@@ -152,9 +145,23 @@ def carve_by_stereo(
     count = np.isfinite(told).sum(axis=0)
     place = np.round(quantile * np.maximum(count - 1, 0)).astype(int)
     signed = np.take_along_axis(told, place[None], axis=0)[0]
-    grid = np.full(hull.sdf.size, -truncation, np.float32)
-    grid[near] = np.where(count >= witnesses, signed, -truncation)
-    carved = ndimage.gaussian_filter(grid.reshape(hull.sdf.shape), 1.0)
+    return _less(hull, near, np.where(count >= witnesses, signed, -truncation), -truncation)
+
+
+def _near(hull: VisualHull):
+    """Flat indices of the grid's samples in or next to the hull, and their world points [n 3]."""
+    near = np.flatnonzero(hull.sdf.reshape(-1) < 2 * hull.spacing)
+    index = np.stack(np.unravel_index(near, hull.sdf.shape), axis=1)
+    return near, (hull.lower + index * hull.spacing).astype(np.float32)
+
+
+def _less(hull: VisualHull, near, in_front, elsewhere: float, margin: float = 0.0) -> VisualHull:
+    """The hull without what lies more than `margin` in front of a surface: `in_front` says how far the samples `near`
+    do, `elsewhere` stands for all others."""
+    grid = np.full(hull.sdf.size, elsewhere, np.float32)
+    grid[near] = in_front
+    # Neighbouring points may be seen by different views: a blur of one cell takes the ragged edges between them.
+    carved = ndimage.gaussian_filter(grid.reshape(hull.sdf.shape), 1.0) - margin
     return dataclasses.replace(hull, sdf=np.maximum(hull.sdf, carved).astype(np.float32))
 
 
