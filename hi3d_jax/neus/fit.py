@@ -26,7 +26,7 @@ from hi3d_jax.neus.fields import FieldConfig, Fields
 from hi3d_jax.neus.render import SamplingConfig
 
 # Cells whose (blurred) gradient is far below this stay where they are instead of being moved by noise. With 1e-7 a can
-# whose start was nearly right came out with a Chamfer distance of .0048 instead of .0039; four other objects about the same.
+# whose start was nearly right came out at a Chamfer distance of .0048 instead of .0039; four others about the same.
 DENSE_EPS = 1e-6
 # The gradient costs three evaluations: a few points per ray's worth of them would cost as much as the rays themselves.
 RAYS_PER_POINT = 4
