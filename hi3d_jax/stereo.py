@@ -13,9 +13,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from hi3d_jax.cameras import Cameras
+from hi3d_jax.cameras import Cameras, project
 
 # Degrees between the directions of two views: nearer ones tell depths badly, farther ones look different.
 ANGLE_RANGE, BEST_ANGLE = (8.0, 50.0), 20.0
@@ -64,6 +64,32 @@ def sweep(
         told = seen & (np.asarray(agreement) >= config.agreement) & (np.asarray(contrast) >= config.contrast)
         depths[view] = np.where(told, front + offsets[np.asarray(place)], np.nan)
     return depths
+
+
+def confirmed(
+    depths: Float[np.ndarray, "t h w"], cameras: Cameras, tolerance: float = 0.01
+) -> Bool[np.ndarray, "t h w"]:
+    """Where both neighbours' depths put the surface at the same place, to within `tolerance` (world units).
+
+    One alone would not do: of two views each tells what it has in common with the other, even where a third differs.
+    """
+    height, width = depths.shape[1:]
+    agree = np.zeros(depths.shape, bool)
+    for view, others in enumerate(neighbours(cameras)):
+        row, column = np.nonzero(np.isfinite(depths[view]))
+        if len(others) == 0 or len(row) == 0:
+            continue
+        pixels = np.stack([column + 0.5, row + 0.5, np.ones(len(row))], axis=1)
+        local = pixels @ np.linalg.inv(cameras.K[view]).T * depths[view, row, column, None]
+        points = local @ cameras.c2w[view, :3, :3].T + cameras.centres[view]
+        both = np.ones(len(row), bool)
+        for other, place, distance in zip(others, *project(points.astype(np.float32), cameras[others]), strict=True):
+            x, y = np.floor(place).astype(int).T
+            within = (x >= 0) & (y >= 0) & (x < width) & (y < height)
+            theirs = depths[other, np.where(within, y, 0), np.where(within, x, 0)]
+            both &= within & (np.abs(theirs - distance) <= tolerance)
+        agree[view, row, column] = both
+    return agree
 
 
 def neighbours(cameras: Cameras) -> list[Int[np.ndarray, " k"]]:

@@ -7,6 +7,9 @@ import pytest
 from hi3d_jax import cameras as camera_module
 from hi3d_jax import stereo, visual_hull
 from hi3d_jax.cameras import Cameras
+from hi3d_jax.stages import ReconstructConfig
+from hi3d_jax.stages.reconstruct import _Fits
+from hi3d_jax.video import Orbit
 
 RADIUS, BULGE = 0.35, 0.06
 SIZE = 96
@@ -50,6 +53,21 @@ def test_depths_are_found_behind_the_bulge(cameras, swept):
     pixel = 1.5 / cameras.K[0, 0, 0]
     assert np.median(errors) < 0.6 * pixel
     assert (errors < 1.5 * pixel).mean() > 0.9
+
+
+def test_neighbours_confirm_what_is_right_and_not_what_is_chance(cameras, swept):
+    found, depths = swept
+    told = np.isfinite(found)
+    confirmed = stereo.confirmed(found, cameras)
+    assert not confirmed[~told].any()
+    assert confirmed[told].mean() > 0.5  # the rest is hidden from one of them
+    one_wrong = found.copy()
+    one_wrong[4] += 0.05
+    assert stereo.confirmed(one_wrong, cameras)[[3, 4, 5]].sum() < 0.1 * confirmed[[3, 4, 5]].sum()
+    chance = depths - BULGE + np.random.default_rng(0).uniform(0, 0.144, depths.shape)
+    assert stereo.confirmed(np.where(told, chance, np.nan), cameras)[told].mean() < 0.05
+    # Opposite views have no neighbours.
+    assert not stereo.confirmed(found[[0, 8]], cameras[[0, 8]]).any()
 
 
 def test_plain_things_tell_no_depth(cameras):
@@ -117,3 +135,12 @@ def test_no_depths_carve_nothing(cameras):
     hull = visual_hull.carve(alphas, cameras, 48)
     carved = visual_hull.carve_by_stereo(hull, np.full(alphas.shape, np.nan, np.float32), cameras)
     np.testing.assert_array_equal(carved.sdf < 0, hull.sdf < 0)
+
+
+def test_views_that_contradict_one_another_carve_nothing(cameras):
+    views, alphas, _ = ball(cameras)
+    azimuths = np.arange(16) * 22.5 + np.random.default_rng(0).uniform(-6, 6, 16)
+    contradicting, _, _ = ball(camera_module.orbit(azimuths, elevation_deg=20.0, width=SIZE))
+    fits = [_Fits(Orbit(v, alphas, cameras), ReconstructConfig.preset("draft"), False) for v in (views, contradicting)]
+    assert (fits[0].carve_by_stereo(fits[0].hull).sdf > fits[0].hull.sdf).any()
+    assert fits[1].carve_by_stereo(fits[1].hull) is fits[1].hull
