@@ -76,20 +76,27 @@ def confirmed(
     height, width = depths.shape[1:]
     agree = np.zeros(depths.shape, bool)
     for view, others in enumerate(neighbours(cameras)):
-        row, column = np.nonzero(np.isfinite(depths[view]))
-        if len(others) == 0 or len(row) == 0:
+        told = np.isfinite(depths[view])
+        if len(others) == 0 or not told.any():
             continue
-        pixels = np.stack([column + 0.5, row + 0.5, np.ones(len(row))], axis=1)
-        local = pixels @ np.linalg.inv(cameras.K[view]).T * depths[view, row, column, None]
-        points = local @ cameras.c2w[view, :3, :3].T + cameras.centres[view]
-        both = np.ones(len(row), bool)
-        for other, place, distance in zip(others, *project(points.astype(np.float32), cameras[others]), strict=True):
-            x, y = np.floor(place).astype(int).T
-            within = (x >= 0) & (y >= 0) & (x < width) & (y < height)
-            theirs = depths[other, np.where(within, y, 0), np.where(within, x, 0)]
+        places, distances = project(points(depths[[view]], cameras[[view]]), cameras[others])
+        both = np.ones(told.sum(), bool)
+        for other, place, distance in zip(others, places, distances, strict=True):
+            column, row = np.floor(place).astype(int).T
+            within = (column >= 0) & (row >= 0) & (column < width) & (row < height)
+            theirs = depths[other, np.where(within, row, 0), np.where(within, column, 0)]
             both &= within & (np.abs(theirs - distance) <= tolerance)
-        agree[view, row, column] = both
+        agree[view, told] = both
     return agree
+
+
+def points(depths: Float[np.ndarray, "t h w"], cameras: Cameras) -> Float[np.ndarray, "n 3"]:
+    """The world points at `depths` (z along the optical axis, NaN where there is none), view by view, row by row."""
+    view, row, column = np.nonzero(np.isfinite(depths))
+    pixels = np.stack([column + 0.5, row + 0.5, np.ones(len(row))], axis=1)
+    to_world = cameras.c2w[:, :3, :3].astype(np.float64) @ np.linalg.inv(cameras.K.astype(np.float64))
+    rays = np.einsum("nij,nj->ni", to_world[view], pixels)
+    return (cameras.centres[view] + rays * depths[view, row, column][:, None]).astype(np.float32)
 
 
 def neighbours(cameras: Cameras) -> list[Int[np.ndarray, " k"]]:

@@ -53,6 +53,17 @@ def test_fit_from_the_hull_finds_surface_and_colours(sphere_orbit):
     assert np.abs(surface.colour(belt) - expected).mean() < 0.08
 
 
+def test_points_that_are_known_draw_the_surface_to_them(sphere_orbit):
+    hull = visual_hull.carve(sphere_orbit[1], sphere_orbit[2], 32)
+    # Views at elevation 10 leave a bulge on top.
+    top = shell(RADIUS)
+    top = top[top[:, 2] > 0.25]
+    known = neus.fit(*sphere_orbit, small_config(), hull.sdf, surface_points=top, progress=False)
+    config = small_config(loss=neus.LossWeights(surface=0.0))
+    ignored = neus.fit(*sphere_orbit, config, hull.sdf, surface_points=top, progress=False)
+    assert np.abs(known.sdf(top)).mean() < 0.5 * np.abs(ignored.sdf(top)).mean()
+
+
 def test_fit_without_a_hull_shrinks_the_first_sphere_towards_the_masks(sphere_orbit):
     config = small_config(iterations=100, inv_s=(40.0, 150.0), colour_first=0.0)
     surface = neus.fit(*sphere_orbit, config, progress=False)

@@ -142,5 +142,9 @@ def test_views_that_contradict_one_another_carve_nothing(cameras):
     azimuths = np.arange(16) * 22.5 + np.random.default_rng(0).uniform(-6, 6, 16)
     contradicting, _, _ = ball(camera_module.orbit(azimuths, elevation_deg=20.0, width=SIZE))
     fits = [_Fits(Orbit(v, alphas, cameras), ReconstructConfig.preset("draft"), False) for v in (views, contradicting)]
-    assert (fits[0].carve_by_stereo(fits[0].hull).sdf > fits[0].hull.sdf).any()
-    assert fits[1].carve_by_stereo(fits[1].hull) is fits[1].hull
+    carved, known = fits[0].carve_by_stereo(fits[0].hull)
+    assert (carved.sdf > fits[0].hull.sdf).any()
+    assert np.abs(np.linalg.norm(known, axis=1) - RADIUS).mean() < 0.003
+    start, known = fits[1].carve_by_stereo(fits[1].hull)
+    assert start is fits[1].hull
+    assert known is None

@@ -46,6 +46,7 @@ class LossWeights:
     mask: float = 0.05
     eikonal: float = 0.1
     sparsity: float = 5e-3  # against matter that no ray needs (SparseNeuS, equation 7)
+    surface: float = 1.0  # distance at points that are known to lie on the surface (after Geo-Neus, Fu et al. 2022)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,8 @@ def schedule(config: NeuSConfig, progress: float | Array) -> dict[str, Array]:
 def loss_terms(
     fields: Fields, config: NeuSConfig, cache: Array, batch: dict[str, Array], progress: Array, key: Array
 ) -> dict[str, Array]:
-    """The unweighted terms of the loss for a batch of rays (NeuS, section 3.3; sparsity after SparseNeuS)."""
+    """The unweighted terms of the loss for a batch of rays (NeuS, section 3.3; sparsity after SparseNeuS), and of
+    points on the surface where the batch has some."""
     now = schedule(config, progress)
     sampling_key, background_key, point_key = jax.random.split(key, 3)
     half_side = config.fields.half_side
@@ -184,12 +186,17 @@ def loss_terms(
     sdf, gradient = neus_fields.value_and_gradient(fields, config.fields, points, now["level_weights"])
     # The small constant keeps the derivative of the root finite where the gradient vanishes.
     length = jnp.sqrt((gradient**2).sum(axis=0) + 1e-12)
-    return {
+    terms = {
         "rgb": jnp.abs(rendered - wanted).mean(),
         "mask": mask.mean(),
         "eikonal": ((length - 1) ** 2).mean(),
         "sparsity": jnp.exp(-SPARSITY_SCALE * jnp.abs(sdf[lit.shape[1] :])).mean(),
     }
+    if "surface_points" in batch:
+        known = batch["surface_points"]
+        distance, _, _ = neus_fields.evaluate(fields, config.fields, known, jnp.zeros_like(known), now["level_weights"])
+        terms["surface"] = jnp.abs(distance).mean()
+    return terms
 
 
 def build_optimizer(config: NeuSConfig) -> optax.GradientTransformation:
@@ -265,14 +272,16 @@ def fit(
     cameras: Cameras,
     config: NeuSConfig = NeuSConfig(),
     initial_sdf: Float[np.ndarray, "r r r"] | None = None,
+    surface_points: Float[np.ndarray, "p 3"] | None = None,
     progress: bool = True,
     on_iteration: Callable[[int, Fields], None] | None = None,
 ) -> FittedSurface:
     """Fits a surface to `views` (over white, [0, 1]) and their `alphas`.
 
-    `initial_sdf`: signed distances on the grid over the field's cube, usually of the visual hull. The same seed gives
-    the same surface on the same device. `on_iteration(iteration, fields)` is called after every iteration.
-    Raises `NeuSError` if the loss becomes NaN.
+    `initial_sdf`: signed distances on the grid over the field's cube, usually of the visual hull. `surface_points`:
+    world points that are known to lie on the surface, as from stereo; every iteration draws as many of them as rays.
+    The same seed gives the same surface on the same device. `on_iteration(iteration, fields)` is called after every
+    iteration. Raises `NeuSError` if the loss becomes NaN.
     """
     pool = RayPool.build(views, alphas, cameras)
     dense = None if initial_sdf is None else jnp.asarray(initial_sdf)
@@ -286,6 +295,9 @@ def fit(
         if iteration % config.cache_interval == 0:
             cache = _renew_cache(compiled_for, fields, iteration / config.iterations)
         batch = pool.draw(generator, config.rays)
+        if surface_points is not None and len(surface_points):
+            drawn = generator.integers(len(surface_points), size=config.rays)
+            batch["surface_points"] = np.asarray(surface_points[drawn].T, np.float32)
         fields, optimizer_state, terms = _step(
             compiled_for, fields, optimizer_state, cache, batch, jnp.asarray(iteration, jnp.int32), key
         )

@@ -163,31 +163,34 @@ class _Fits:
         start = self.hull
         if gaussians is not None:
             start = visual_hull.carve_by_depths(start, _fronts(gaussians, cameras), alphas, cameras)
-        start = self.carve_by_stereo(start)
+        start, known = self.carve_by_stereo(start)
         return neus.fit(
             np.concatenate([part.views for part in parts]),
             alphas,
             cameras,
             dataclasses.replace(self.config.neus, seed=self.config.seed),
             initial_sdf=start.sdf,
+            surface_points=known,
             progress=self.progress,
         )
 
-    def carve_by_stereo(self, start: visual_hull.VisualHull) -> visual_hull.VisualHull:
-        """`start` without what lies before the surface that neighbouring views agree on, if on most of it they do."""
+    def carve_by_stereo(
+        self, start: visual_hull.VisualHull
+    ) -> tuple[visual_hull.VisualHull, Float[np.ndarray, "n 3"] | None]:
+        """`start` without what lies before the surface that neighbouring views agree on, and the points of that surface
+        that are certain; where the views agree on little, `start` as it is and None."""
         small = _at_most(self.small, STEREO_SIZE)
         half_side = np.full(3, self.config.neus.fields.half_side)
         body = meshes.extract_surface(self.hull.sample, -half_side, half_side, self.config.hull_resolution)
         depths = stereo.sweep(small.views, small.alphas, small.cameras, meshes.depth_maps(body, small.cameras))
-        told = np.isfinite(depths)
-        share = stereo.confirmed(depths, small.cameras)[told].mean() if told.any() else 0.0
+        certain = stereo.confirmed(depths, small.cameras)
+        share = certain.sum() / max(np.isfinite(depths).sum(), 1)
         if share < LEAST_CONFIRMED:
             if self.progress:
-                tqdm.write(
-                    f"surface: the views differ too much for a plane sweep ({share:.0%} of its depths confirmed)"
-                )
-            return start
-        return visual_hull.carve_by_stereo(start, depths, small.cameras)
+                tqdm.write(f"surface: no plane sweep, the views differ too much ({share:.0%} of its depths confirmed)")
+            return start, None
+        known = stereo.points(np.where(certain, depths, np.nan), small.cameras)
+        return visual_hull.carve_by_stereo(start, depths, small.cameras), known
 
     def outside(self, points: np.ndarray) -> np.ndarray:
         """Signed distances to the space that the masks allow, half a cell of doubt granted."""
