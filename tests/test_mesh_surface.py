@@ -5,7 +5,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
-from hi3d_jax.mesh import Mesh, MeshError, clean, decimate, extract_surface, is_watertight, mesh_report
+from hi3d_jax.mesh import Mesh, MeshError, clean, decimate, extract_surface, is_watertight, mesh_report, smooth
 from hi3d_jax.mesh.surface import POINTS_PER_CALL
 
 BOUND = np.full(3, 0.5)
@@ -178,3 +178,21 @@ def test_decimation_leaves_small_meshes_alone_and_refuses_nonsense():
     assert decimate(mesh, 500) is mesh
     with pytest.raises(MeshError, match="3 faces bound no volume"):
         decimate(mesh, 3)
+
+
+def test_smoothing_takes_bumps_and_leaves_the_body():
+    sphere = trimesh.creation.icosphere(4, 0.3)
+    bumps = np.random.default_rng(0).normal(scale=0.004, size=len(sphere.vertices))
+    rough = Mesh((sphere.vertices * (1 + bumps[:, None] / 0.3)).astype(np.float32), sphere.faces.astype(np.int32))
+    result = smooth(rough)
+    np.testing.assert_array_equal(result.faces, rough.faces)
+    left = np.linalg.norm(result.vertices, axis=1) - 0.3
+    assert left.std() < 0.5 * bumps.std()
+    assert abs(left.mean()) < 2e-4
+    assert mesh_report(result).volume == pytest.approx(sphere.volume, rel=5e-3)
+
+
+def test_smoothing_keeps_thin_things_thick():
+    rod = extract_surface(lambda p: np.hypot(p[:, 0], p[:, 1]).clip(np.abs(p[:, 2]) - 0.3) - 0.02, -BOUND, BOUND, 128)
+    before, after = mesh_report(rod).volume, mesh_report(smooth(rod)).volume
+    assert after == pytest.approx(before, rel=0.03)

@@ -4,6 +4,7 @@ from hi3d_jax.mesh.files import read_mesh, write_mesh
 from hi3d_jax.mesh.rays import RayCaster
 from hi3d_jax.mesh.render import Renders, depth_maps, render
 from hi3d_jax.mesh.simplify import decimate
+from hi3d_jax.mesh.smoothing import smooth
 from hi3d_jax.mesh.surface import extract_surface
 from hi3d_jax.mesh.texture import bake_texture, paint_texture
 from hi3d_jax.mesh.topology import MeshReport, clean, is_watertight, mesh_report
@@ -32,6 +33,7 @@ __all__ = [
     "read_mesh",
     "render",
     "seen_vertices",
+    "smooth",
     "smooth_normals",
     "unwrap",
     "write_mesh",

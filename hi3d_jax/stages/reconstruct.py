@@ -49,6 +49,7 @@ STEREO_SIZE = 256
 # hi3d-tiny's views of a taxi (blurry, at odds with one another; there the sweep made the mesh rugged), .29 of the
 # released model's views of a monster, .38 to .73 of true views of six objects; of depths drawn at random .01.
 LEAST_CONFIRMED = 0.2
+SMOOTHED_FACES = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +264,10 @@ def read_surface(config: ReconstructConfig, path: Path) -> FittedSurface:
 def _extract(surface: FittedSurface, fits: _Fits, config: ReconstructConfig) -> Mesh:
     bound = np.full(3, surface.config.half_side)
     body = meshes.extract_surface(surface.sdf, -bound, bound, config.resolution, fits.outside)
-    return meshes.decimate(meshes.flatten_unseen(body, fits.small.cameras, fits.outside), config.num_faces)
+    body = meshes.flatten_unseen(body, fits.small.cameras, fits.outside)
+    # What is a few edges wide is noise in a mesh of so many faces, and shape in one of fewer.
+    body = meshes.smooth(meshes.decimate(body, max(config.num_faces, SMOOTHED_FACES)))
+    return meshes.decimate(body, config.num_faces)
 
 
 def _paint(body: Mesh, orbit: Orbit, config: ReconstructConfig) -> Mesh:
