@@ -63,7 +63,7 @@ class NeuSConfig:
     dense_learning_rate: float = 1e-3  # dense grid: world units that a step moves the surface at most
     colour_first: float = 0.2  # share of the iterations before the surface moves: colours have to mean something first
     smoothing: tuple[float, float] = (3.0, 0.8)  # blur of the dense grid's gradient at the start and end, in cells
-    inv_s: tuple[float, float] = (60.0, 1000.0)  # sharpness of the surface at the start and the end, 1 / world units
+    inv_s: tuple[float, float] = (120.0, 1000.0)  # sharpness of the surface at the start and the end, 1 / world units
     cosine_anneal: float = 0.1  # share of the iterations until equation 13 is exact
     level_anneal: float = 0.5  # share of the iterations until all levels of the hash grid are in
     cache_resolution: int = 80  # of the signed-distance cache that guides sampling
