@@ -1,8 +1,8 @@
 """Stage 3 (paper section 4.4): from an orbit of views to a textured mesh.
 
-Gaussians are fitted to the N views and drawn from M cameras between them; NeuS is fitted to all N + M, starting at the
-visual hull of the masks less what the Gaussians and a plane sweep find empty; its zero level becomes a mesh, whose
-texture comes from the N views at their full resolution.
+Gaussians are fitted to the N views and drawn from M cameras between them; NeuS is fitted to all N + M and to points of
+a plane sweep, starting at the visual hull of the masks less what the Gaussians and the sweep find empty; its zero level
+becomes a smoothed mesh, whose texture comes from the N views at their full resolution.
 With an output folder every step leaves a file to look at, and what the next step uses is what that file holds, so a run
 that is interrupted and resumed gives what it would have given.
 """
@@ -49,6 +49,7 @@ STEREO_SIZE = 256
 # hi3d-tiny's views of a taxi (blurry, at odds with one another; there the sweep made the mesh rugged), .29 of the
 # released model's views of a monster, .38 to .73 of true views of six objects; of depths drawn at random .01.
 LEAST_CONFIRMED = 0.2
+# Faces, at least, of the mesh that is smoothed: on 7 objects normals agreed by .011 better, all else as before.
 SMOOTHED_FACES = 20_000
 
 
@@ -157,7 +158,7 @@ class _Fits:
         return Orbit(views, alphas, cameras)
 
     def surface(self, gaussians: Gaussians | None, between: Orbit | None) -> FittedSurface:
-        """NeuS on the views and those `between` them, started at what masks, splats and stereo leave of space."""
+        """NeuS on the views, those `between` them and stereo's points, started at what all of these leave of space."""
         parts = [self.small] if between is None else [self.small, between]
         alphas = np.concatenate([part.alphas for part in parts])
         cameras = Cameras.concatenate([part.cameras for part in parts])
