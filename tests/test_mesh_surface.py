@@ -196,3 +196,18 @@ def test_smoothing_keeps_thin_things_thick():
     rod = extract_surface(lambda p: np.hypot(p[:, 0], p[:, 1]).clip(np.abs(p[:, 2]) - 0.3) - 0.02, -BOUND, BOUND, 128)
     before, after = mesh_report(rod).volume, mesh_report(smooth(rod)).volume
     assert after == pytest.approx(before, rel=0.03)
+
+
+def test_smoothing_leaves_sharp_edges_that_are_held():
+    box = trimesh.creation.box((0.6, 0.4, 0.3))
+    for _ in range(4):
+        box = box.subdivide()
+    noise = np.random.default_rng(0).normal(scale=0.002, size=box.vertices.shape)
+    rough = Mesh((box.vertices + noise).astype(np.float32), box.faces.astype(np.int32))
+    on_edge = (np.abs(np.abs(box.vertices) - box.extents / 2) < 1e-6).sum(axis=1) >= 2
+    free, held = smooth(rough), smooth(rough, np.ones(len(on_edge), bool))
+    assert np.linalg.norm(free.vertices - box.vertices, axis=1)[on_edge].mean() > 0.004
+    np.testing.assert_allclose(held.vertices[on_edge], rough.vertices[on_edge], atol=1e-6)
+    # Sides that are held are smoothed all the same: they are no edges.
+    sides = [np.linalg.norm(m.vertices - box.vertices, axis=1)[~on_edge].mean() for m in (rough, held)]
+    assert sides[1] < 0.8 * sides[0]
