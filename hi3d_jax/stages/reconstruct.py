@@ -47,7 +47,7 @@ MOST_SPREAD = 0.03
 STEREO_SIZE = 256
 # Share of the sweep's depths that both neighbours have to confirm for any to count. Measured at 256 pixels: .04 of
 # hi3d-tiny's views of a taxi (blurry, at odds with one another; there the sweep made the mesh rugged), .29 of the
-# released model's views of a monster, .38 to .73 of true views of six objects; of depths drawn at random .01.
+# released model's views of a monster, .31 to .73 of true views of nine objects; of depths drawn at random .01.
 LEAST_CONFIRMED = 0.2
 # Faces, at least, of the mesh that is smoothed. On 4 objects normals then agree by .009 better and silhouettes by .0008
 # worse (.003 if edges on the outlines are not held).
