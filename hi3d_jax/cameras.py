@@ -60,6 +60,11 @@ class Cameras:
         """Camera positions in the world."""
         return self.c2w[:, :3, 3]
 
+    @property
+    def pixels_to_world(self) -> Float[np.ndarray, "t 3 3"]:
+        """Turns pixel positions (x, y, 1) into directions in the world, of length 1 along the optical axis."""
+        return self.c2w[:, :3, :3].astype(np.float64) @ np.linalg.inv(self.K.astype(np.float64))
+
     def resized(self, width: int, height: int) -> Cameras:
         """The same cameras looking at images scaled to `width` x `height` pixels."""
         scale = np.array([width / self.width, height / self.height, 1.0], np.float32)
@@ -189,8 +194,7 @@ def pixel_rays(cameras: Cameras) -> tuple[Float[np.ndarray, "t h w 3"], Float[np
     """Origins and unit directions, in the world, of the rays through all pixel centres."""
     x, y = np.meshgrid(np.arange(cameras.width) + 0.5, np.arange(cameras.height) + 0.5)
     pixels = np.stack([x, y, np.ones_like(x)], axis=-1)
-    to_world = cameras.c2w[:, :3, :3].astype(np.float64) @ np.linalg.inv(cameras.K.astype(np.float64))
-    directions = np.einsum("tij,hwj->thwi", to_world, pixels)
+    directions = np.einsum("tij,hwj->thwi", cameras.pixels_to_world, pixels)
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
     origins = np.broadcast_to(cameras.centres[:, None, None], directions.shape)
     return origins.astype(np.float32), directions.astype(np.float32)
@@ -208,6 +212,14 @@ def project(
     depth = local[..., 2]
     homogeneous = np.einsum("tij,tnj->tni", cameras.K, local)
     return homogeneous[..., :2] / np.where(np.abs(depth) < 1e-9, 1e-9, depth)[..., None], depth
+
+
+def at_pixels(image: Float[np.ndarray, "h w"], positions: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, " n"]:
+    """The values of the pixels that `positions` (x, y) fall in, NaN where they fall beside the image."""
+    height, width = image.shape
+    column, row = np.floor(positions).astype(int).T
+    within = (column >= 0) & (row >= 0) & (column < width) & (row < height)
+    return np.where(within, image[np.where(within, row, 0), np.where(within, column, 0)], np.nan)
 
 
 def opencv_to_opengl(c2w):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from hi3d_jax.cameras import Cameras, project
+from hi3d_jax.cameras import Cameras, at_pixels, project
 
 # Degrees between the directions of two views: nearer ones tell depths badly, farther ones look different.
 ANGLE_RANGE, BEST_ANGLE = (8.0, 50.0), 20.0
@@ -73,7 +73,6 @@ def confirmed(
 
     One alone would not do: of two views each tells what it has in common with the other, even where a third differs.
     """
-    height, width = depths.shape[1:]
     agree = np.zeros(depths.shape, bool)
     for view, others in enumerate(neighbours(cameras)):
         told = np.isfinite(depths[view])
@@ -82,10 +81,7 @@ def confirmed(
         places, distances = project(points(depths[[view]], cameras[[view]]), cameras[others])
         both = np.ones(told.sum(), bool)
         for other, place, distance in zip(others, places, distances, strict=True):
-            column, row = np.floor(place).astype(int).T
-            within = (column >= 0) & (row >= 0) & (column < width) & (row < height)
-            theirs = depths[other, np.where(within, row, 0), np.where(within, column, 0)]
-            both &= within & (np.abs(theirs - distance) <= tolerance)
+            both &= np.abs(at_pixels(depths[other], place) - distance) <= tolerance
         agree[view, told] = both
     return agree
 
@@ -94,8 +90,7 @@ def points(depths: Float[np.ndarray, "t h w"], cameras: Cameras) -> Float[np.nda
     """The world points at `depths` (z along the optical axis, NaN where there is none), view by view, row by row."""
     view, row, column = np.nonzero(np.isfinite(depths))
     pixels = np.stack([column + 0.5, row + 0.5, np.ones(len(row))], axis=1)
-    to_world = cameras.c2w[:, :3, :3].astype(np.float64) @ np.linalg.inv(cameras.K.astype(np.float64))
-    rays = np.einsum("nij,nj->ni", to_world[view], pixels)
+    rays = np.einsum("nij,nj->ni", cameras.pixels_to_world[view], pixels)
     return (cameras.centres[view] + rays * depths[view, row, column][:, None]).astype(np.float32)
 
 

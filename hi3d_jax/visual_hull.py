@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import ndimage
 
-from hi3d_jax.cameras import Cameras, project
+from hi3d_jax.cameras import Cameras, at_pixels, project
 
 # The object's longest side is 1 and its centre the origin; the rest is room for a generated orbit's inaccuracy.
 HALF_SIDE = 0.55
@@ -135,12 +135,9 @@ def carve_by_stereo(
     """
     near, points = _near(hull)
     pixels, distance = project(points, cameras)
-    height, width = depths.shape[1:]
-    told = np.full((len(cameras), len(near)), np.nan, np.float32)
+    told = np.empty((len(cameras), len(near)), np.float32)
     for view, depth in enumerate(depths):
-        column, row = np.floor(pixels[view]).astype(int).T
-        within = (column >= 0) & (row >= 0) & (column < width) & (row < height) & (distance[view] > 0)
-        told[view, within] = depth[row[within], column[within]] - distance[view, within]
+        told[view] = np.where(distance[view] > 0, at_pixels(depth, pixels[view]) - distance[view], np.nan)
     told = np.sort(np.where(told > -truncation, np.minimum(told, truncation), np.nan), axis=0)  # NaN last
     count = np.isfinite(told).sum(axis=0)
     place = np.round(quantile * np.maximum(count - 1, 0)).astype(int)

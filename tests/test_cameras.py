@@ -315,3 +315,9 @@ def test_files_that_are_no_json_object_are_refused(tmp_path, content):
         cameras.read_transforms(tmp_path / "cameras.json")
     with pytest.raises(CameraError, match=r"not a transforms.json"):
         cameras.read_transforms(tmp_path / "missing.json")
+
+
+def test_positions_are_looked_up_in_the_pixel_they_fall_in():
+    image = np.arange(6, dtype=np.float32).reshape(2, 3)
+    positions = np.array([[0.0, 0.0], [2.99, 1.01], [1.5, 0.5], [-0.01, 0.5], [3.0, 0.5], [0.5, 2.0]])
+    np.testing.assert_array_equal(cameras.at_pixels(image, positions), [0, 5, 1, np.nan, np.nan, np.nan])

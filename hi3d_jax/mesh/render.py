@@ -106,7 +106,7 @@ def _window_rays(camera: Cameras, window: _Window):
     """Bands (top, bottom, origins, directions) of rays through the window's pixel centres, of bounded size."""
     width = window.right - window.left
     rows = max(1, RAYS_PER_CHUNK // max(width, 1))
-    to_world = camera.c2w[0, :3, :3].astype(np.float64) @ np.linalg.inv(camera.K[0].astype(np.float64))
+    to_world = camera.pixels_to_world[0]
     x = np.arange(window.left, window.right) + 0.5
     for top in range(window.top, window.bottom, rows):
         bottom = min(top + rows, window.bottom)
