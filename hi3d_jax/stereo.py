@@ -1,8 +1,10 @@
-"""Depths of views by plane sweep (Collins 1996): how far behind the visual hull two neighbours see the same thing.
+"""Depths of views by plane sweep (Collins 1996) and semi-global matching (Hirschmueller 2008): how far behind the
+visual hull two neighbours see the same thing.
 
 The planes follow the hull: each pixel's depth is the hull's plus an offset that all share, so that windows lie about as
 the surface does. A search, unlike a fit's gradient, crosses the gap between a flat or hollow side and the hull, which
-bulges over it where no mask can tell.
+bulges over it where no mask can tell. What a plain pixel cannot tell its neighbours in the picture do: offsets that
+change from pixel to pixel have their price.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from hi3d_jax.cameras import Cameras, at_pixels, project
@@ -26,14 +29,16 @@ NOISE = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
-    """Lengths in world units. `window`: pixels along its side."""
+    """Lengths in world units. `window`: pixels along its side. `bend`, `jump`: prices, in units of correlation, of an
+    offset that differs from the one of the pixel beside by one step, and by more."""
 
-    reach: float = 0.144
-    step: float = 0.003
-    window: int = 9
-    agreement: float = 0.8  # the least correlation that counts, of at most 1
-    contrast: float = 0.02  # the least standard deviation of a window, sRGB: plain ones agree everywhere
-    slack: float = 0.03  # of offsets that agree as well as the best but for this, the nearest is taken
+    reach: float = 0.06
+    step: float = 0.002
+    window: int = 5
+    bend: float = 0.05
+    jump: float = 0.3
+    agreement: float = 0.8  # the least correlation that tells something by itself, of at most 1
+    contrast: float = 0.02  # the least standard deviation of a window that does, sRGB: plain ones agree everywhere
 
 
 def sweep(
@@ -42,28 +47,29 @@ def sweep(
     cameras: Cameras,
     fronts: Float[np.ndarray, "t h w"],
     config: SweepConfig = SweepConfig(),
-) -> Float[np.ndarray, "t h w"]:
-    """Depths (z along the optical axis) at which each of the `views` (sRGB in [0, 1]) agrees best with a neighbour; NaN
-    where none does, where nothing can be told, and where a view has no neighbour.
+) -> tuple[Float[np.ndarray, "t h w"], Bool[np.ndarray, "t h w"]]:
+    """Depths (z along the optical axis) at which each of the `views` (sRGB in [0, 1]) agrees best with a neighbour, and
+    where the window around the pixel tells so by itself.
 
-    `fronts`: depths in front of which there is nothing, as of the hull; infinite beside it.
+    `fronts`: depths in front of which there is nothing, as of the hull; infinite beside it. Depths are NaN there,
+    beside the object, and in a view that has no neighbour.
     """
     offsets = np.arange(0.0, config.reach, config.step, dtype=np.float32)
     pictures = jnp.asarray(np.concatenate([views, alphas[..., None]], axis=-1).transpose(0, 3, 1, 2), jnp.float32)
     K = jnp.asarray(cameras.K, jnp.float32)
-    depths = np.full(fronts.shape, np.nan, np.float32)
+    depths, told = np.full(fronts.shape, np.nan, np.float32), np.zeros(fronts.shape, bool)
     for view, others in enumerate(neighbours(cameras)):
         seen = np.isfinite(fronts[view]) & (alphas[view] > 0.5)
         if len(others) == 0 or not seen.any():
             continue
         front = np.where(seen, fronts[view], np.median(fronts[view][seen])).astype(np.float32)
         relative = (cameras.w2c[others] @ cameras.c2w[view]).astype(np.float32)
-        place, agreement, contrast = _sweep_view(
-            pictures[view], pictures[others], front, K[view], K[others], relative, offsets, config
+        offset, correlation, contrast = _sweep_view(
+            pictures[view], pictures[others], seen, front, K[view], K[others], relative, offsets, config
         )
-        told = seen & (np.asarray(agreement) >= config.agreement) & (np.asarray(contrast) >= config.contrast)
-        depths[view] = np.where(told, front + offsets[np.asarray(place)], np.nan)
-    return depths
+        depths[view] = np.where(seen, front + np.asarray(offset), np.nan)
+        told[view] = seen & (np.asarray(correlation) >= config.agreement) & (np.asarray(contrast) >= config.contrast)
+    return depths, told
 
 
 def confirmed(
@@ -107,9 +113,9 @@ def neighbours(cameras: Cameras) -> list[Int[np.ndarray, " k"]]:
     return chosen
 
 
-@functools.partial(jax.jit, static_argnums=7)
-def _sweep_view(picture, others, front, K, other_K, relative, offsets, config: SweepConfig):
-    """For each pixel the chosen offset's index, its correlation, and the contrast of the window."""
+@functools.partial(jax.jit, static_argnums=8)
+def _sweep_view(picture, others, seen, front, K, other_K, relative, offsets, config: SweepConfig):
+    """For each pixel the chosen offset, the correlation there, and the contrast of the window."""
     height, width = front.shape
     column, row = jnp.arange(width) + 0.5, jnp.arange(height) + 0.5
     rays = jnp.stack(
@@ -131,19 +137,53 @@ def _sweep_view(picture, others, front, K, other_K, relative, offsets, config: S
         return correlations.max(axis=0), contrasts.max(axis=0)
 
     correlations, contrasts = jax.lax.map(agree, offsets)
-    best = correlations.max(axis=0)
-    place = (correlations >= best[None] - config.slack).argmax(axis=0)
-    last = len(offsets) - 1
+    prices = semi_global(1 - correlations, seen, config.bend, config.jump)
+    place = prices.argmin(axis=0)
+    correlation = jnp.take_along_axis(correlations, place[None], axis=0)[0]
+    return _between_steps(prices, place) * config.step, correlation, contrasts[0]
 
-    def climb(place, _):
-        here, there = (
-            jnp.take_along_axis(correlations, at[None], 0)[0] for at in (place, jnp.minimum(place + 1, last))
-        )
-        return jnp.where(there > here, jnp.minimum(place + 1, last), place), None
 
-    # From the first good one to the top of its hill.
-    place, _ = jax.lax.scan(climb, place, length=4)
-    return place, best, contrasts[0]
+def semi_global(
+    costs: Float[Array, "d h w"], seen: Bool[Array, "h w"], bend: float, jump: float
+) -> Float[Array, "d h w"]:
+    """Sums over eight directions of what a pixel's label costs together with the cheapest path to it through the pixels
+    `seen` in that direction, on which a change of the label by one costs `bend` and any other `jump` (Hirschmueller
+    2008, equation 13)."""
+    costs = jnp.where(seen[None], costs, 0.0).transpose(1, 2, 0)
+
+    def along_rows(costs, seen, shift):
+        def next_row(before, row):
+            own, here = row
+            # The row before, moved so that the pixel a path comes from stands where the path goes; at the border the
+            # path begins anew.
+            before = jnp.roll(before, shift, axis=0)
+            before = before.at[0 if shift > 0 else -1].set(0.0) if shift else before
+            least = before.min(axis=1, keepdims=True)
+            padded = jnp.pad(before, ((0, 0), (1, 1)), constant_values=jnp.inf)
+            bent = jnp.minimum(padded[:, :-2], padded[:, 2:]) + bend
+            path = own + jnp.minimum(jnp.minimum(before, bent), least + jump) - least
+            path = jnp.where(here[:, None], path, 0.0)
+            return path, path
+
+        return jax.lax.scan(next_row, jnp.zeros(costs.shape[1:]), (costs, seen))[1]
+
+    total = jnp.zeros_like(costs)
+    for turned, shifts in ((False, (-1, 0, 1)), (True, (0,))):
+        for step in (1, -1):
+            part = (costs.swapaxes(0, 1), seen.T) if turned else (costs, seen)
+            for shift in shifts:
+                paths = along_rows(part[0][::step], part[1][::step], shift)[::step]
+                total += paths.swapaxes(0, 1) if turned else paths
+    return total.transpose(2, 0, 1)
+
+
+def _between_steps(prices: Float[Array, "d h w"], place: Int[Array, "h w"]) -> Float[Array, "h w"]:
+    """The lowest point of the parabola through the least price and those beside it, in steps."""
+    inner = jnp.clip(place, 1, prices.shape[0] - 2)
+    before, here, after = (jnp.take_along_axis(prices, (inner + i)[None], axis=0)[0] for i in (-1, 0, 1))
+    curvature = before - 2 * here + after
+    shift = 0.5 * (before - after) / jnp.maximum(curvature, 1e-9)
+    return place + jnp.where((inner == place) & (curvature > 1e-9), jnp.clip(shift, -0.5, 0.5), 0.0)
 
 
 def _warp(picture, K, relative, points):

@@ -35,6 +35,7 @@ from hi3d_jax.stages.pictures import TURNTABLE_FPS, Pictures, Scores, compare, d
 from hi3d_jax.stages.presets import ReconstructConfig
 from hi3d_jax.stages.run_record import RunRecord
 from hi3d_jax.stages.steps import Steps
+from hi3d_jax.stereo import SweepConfig
 from hi3d_jax.video import Orbit, write_mp4, write_orbit
 
 Made = TypeVar("Made")
@@ -43,12 +44,17 @@ Made = TypeVar("Made")
 # mean - spread lay more than .02 behind the surface for up to 2.7 % of all pixels, enough to dig pits; with this limit
 # for up to 0.2 %.
 MOST_SPREAD = 0.03
-# Pixels: larger views would take longer to compare than they tell more.
-STEREO_SIZE = 256
-# Share of the sweep's depths that both neighbours have to confirm for any to count. Measured at 256 pixels: .04 of
-# hi3d-tiny's views of a taxi (blurry, at odds with one another; there the sweep made the mesh rugged), .29 of the
-# released model's views of a monster, .31 to .73 of true views of nine objects; of depths drawn at random .01.
-LEAST_CONFIRMED = 0.2
+# The plane sweep's passes: the views' longer side in pixels, how far before the surface at hand it begins, and its
+# settings. First, roughly, all that the hull may bulge (over the seat of a chair that is .3); then what is left of it.
+STEREO_PASSES = (
+    (128, 0.0, SweepConfig(reach=0.384, step=0.006, bend=0.1, jump=0.6)),
+    (256, 0.03, SweepConfig(reach=0.06, step=0.002, bend=0.05, jump=0.3)),
+)
+# Share of the object's pixels of whose depth a window is sure and both neighbours do not confirm it: with more, the
+# views contradict one another and nothing is carved. Measured in the first pass: .23 to .40 of true views of ten
+# objects, .40 of the released model's views of a monster; .66 of hi3d-tiny's views of a taxi; of a textured ball's
+# whose cameras are off by up to 1, 2 and 6 degrees .42, .63 and .78 (at 6 the sweep would take .18 of the ball).
+MOST_CONTRADICTED = 0.5
 # Faces, at least, of the mesh that is smoothed. On 4 objects normals then agree by .009 better and silhouettes by .0008
 # worse (.003 if edges on the outlines are not held).
 SMOOTHED_FACES = 20_000
@@ -182,18 +188,21 @@ class _Fits:
     ) -> tuple[visual_hull.VisualHull, Float[np.ndarray, "n 3"] | None]:
         """`start` without what lies before the surface that neighbouring views agree on, and the points of that surface
         that are certain; where the views agree on little, `start` as it is and None."""
-        small = _at_most(self.small, STEREO_SIZE)
         half_side = np.full(3, self.config.neus.fields.half_side)
-        body = meshes.extract_surface(self.hull.sample, -half_side, half_side, self.config.hull_resolution)
-        depths = stereo.sweep(small.views, small.alphas, small.cameras, meshes.depth_maps(body, small.cameras))
-        certain = stereo.confirmed(depths, small.cameras)
-        share = certain.sum() / max(np.isfinite(depths).sum(), 1)
-        if share < LEAST_CONFIRMED:
-            if self.progress:
-                tqdm.write(f"surface: no plane sweep, the views differ too much ({share:.0%} of its depths confirmed)")
-            return start, None
-        known = stereo.points(np.where(certain, depths, np.nan), small.cameras)
-        return visual_hull.carve_by_stereo(start, depths, small.cameras), known
+        carved, outside = self.hull, None
+        for size, lead, config in STEREO_PASSES:
+            small = _at_most(self.small, size)
+            body = meshes.extract_surface(carved.sample, -half_side, half_side, self.config.hull_resolution, outside)
+            fronts = meshes.depth_maps(body, small.cameras) - lead
+            depths, told = stereo.sweep(small.views, small.alphas, small.cameras, fronts, config)
+            certain = told & stereo.confirmed(depths, small.cameras)
+            contradicted = (told & ~certain).sum() / max(np.isfinite(depths).sum(), 1)
+            if contradicted > MOST_CONTRADICTED or not certain.any():
+                if self.progress:
+                    tqdm.write(f"surface: no plane sweep, {contradicted:.0%} of the views' pixels contradict others")
+                return start, None
+            carved, outside = visual_hull.carve_by_stereo(start, depths, small.cameras), self.outside
+        return carved, stereo.points(np.where(certain, depths, np.nan), small.cameras)
 
     def outside(self, points: np.ndarray) -> np.ndarray:
         """Signed distances to the space that the masks allow, half a cell of doubt granted."""
