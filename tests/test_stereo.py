@@ -1,4 +1,7 @@
-"""Plane sweep on a textured ball whose depths are known, below a "hull" that bulges over it."""
+"""Plane sweep on a textured ball whose depths are known, below a "hull" that bulges over it; the matching of its depths
+beside paths followed one by one."""
+
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +12,12 @@ from hi3d_jax import stereo, visual_hull
 from hi3d_jax.cameras import Cameras
 from hi3d_jax.stages import ReconstructConfig
 from hi3d_jax.stages.reconstruct import _Fits
+from hi3d_jax.stereo import SweepConfig
 from hi3d_jax.video import Orbit
 
 RADIUS, BULGE = 0.35, 0.06
 SIZE = 96
+SWEEP = SweepConfig(reach=0.144, step=0.003)
 
 
 def ball(cameras: Cameras, radius: float = RADIUS):
@@ -40,26 +45,25 @@ def cameras():
 def swept(cameras):
     views, alphas, depths = ball(cameras)
     fronts = np.where(np.isfinite(depths), depths - BULGE, np.inf)
-    return stereo.sweep(views, alphas, cameras, fronts), depths
+    return *stereo.sweep(views, alphas, cameras, fronts, SWEEP), depths
 
 
 def test_depths_are_found_behind_the_bulge(cameras, swept):
-    found, depths = swept
+    found, told, depths = swept
     seen = np.isfinite(depths)
-    assert np.isnan(found[~seen]).all()
-    told = np.isfinite(found)
+    np.testing.assert_array_equal(np.isfinite(found), seen)
+    assert not told[~seen].any()
     assert told.sum() > 0.6 * seen.sum()
-    errors = np.abs(found - depths)[told]
     pixel = 1.5 / cameras.K[0, 0, 0]
+    errors = np.abs(found - depths)[told]
     assert np.median(errors) < 0.6 * pixel
     assert (errors < 1.5 * pixel).mean() > 0.9
 
 
 def test_neighbours_confirm_what_is_right_and_not_what_is_chance(cameras, swept):
-    found, depths = swept
-    told = np.isfinite(found)
+    found, told, depths = swept
     confirmed = stereo.confirmed(found, cameras)
-    assert not confirmed[~told].any()
+    assert not confirmed[~np.isfinite(found)].any()
     assert confirmed[told].mean() > 0.5  # the rest is hidden from one of them
     one_wrong = found.copy()
     one_wrong[4] += 0.05
@@ -73,14 +77,53 @@ def test_neighbours_confirm_what_is_right_and_not_what_is_chance(cameras, swept)
 def test_plain_things_tell_no_depth(cameras):
     views, alphas, depths = ball(cameras)
     plain = np.where(alphas[..., None] > 0, np.float32(0.5), np.ones_like(views))
-    assert np.isnan(stereo.sweep(plain, alphas, cameras, depths)).all()
+    assert not stereo.sweep(plain, alphas, cameras, depths, SWEEP)[1].any()
+
+
+def test_plain_patches_get_their_depth_from_around_them(cameras):
+    views, alphas, depths = ball(cameras)
+    _, directions = camera_module.pixel_rays(cameras)
+    scale = depths / (directions * cameras.c2w[:, None, None, :3, 2]).sum(-1)
+    with np.errstate(invalid="ignore"):
+        points = cameras.centres[:, None, None] + directions * scale[..., None]
+        patch = np.isfinite(depths) & (np.abs(points[..., 2] - 0.1) < 0.06)
+    views = np.where(patch[..., None], np.float32(0.5), views)
+    fronts = np.where(np.isfinite(depths), depths - BULGE, np.inf)
+    free = dataclasses.replace(SWEEP, bend=0.0, jump=0.0)
+    priced, each_for_itself = (
+        np.abs(stereo.sweep(views, alphas, cameras, fronts, config)[0] - depths)[patch] for config in (SWEEP, free)
+    )
+    assert np.median(priced) < 0.01
+    assert np.median(each_for_itself) > 0.02
 
 
 def test_without_a_neighbour_nothing_is_told(cameras):
     views, alphas, depths = ball(cameras)
     opposite = [0, 8]
-    found = stereo.sweep(views[opposite], alphas[opposite], cameras[opposite], depths[opposite])
+    found, told = stereo.sweep(views[opposite], alphas[opposite], cameras[opposite], depths[opposite], SWEEP)
     assert np.isnan(found).all()
+    assert not told.any()
+
+
+def test_semi_global_costs_are_those_of_paths_followed_one_by_one():
+    generator = np.random.default_rng(2)
+    labels, height, width, bend, jump = 5, 6, 7, 0.1, 0.45
+    costs = generator.uniform(size=(labels, height, width)).astype(np.float32)
+    seen = generator.uniform(size=(height, width)) > 0.2
+    difference = np.abs(np.arange(labels)[:, None] - np.arange(labels))
+    price = np.select([difference == 0, difference == 1], [0.0, bend], jump)
+
+    def path(row, column, step):
+        """Costs of the labels at a pixel that a path in direction `step` (row, column) has come to."""
+        if not (0 <= row < height and 0 <= column < width and seen[row, column]):
+            return np.zeros(labels)
+        before = path(row - step[0], column - step[1], step)
+        return costs[:, row, column] + (before + price).min(axis=1) - before.min()
+
+    steps = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+    expected = [[sum(path(row, column, step) for step in steps) for column in range(width)] for row in range(height)]
+    found = stereo.semi_global(jnp.asarray(costs), jnp.asarray(seen), bend, jump)
+    np.testing.assert_allclose(found, np.moveaxis(np.array(expected), 2, 0), atol=1e-5)
 
 
 def test_neighbours_in_an_orbit_stand_beside(cameras):
