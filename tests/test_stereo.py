@@ -173,6 +173,18 @@ def test_a_minority_that_looks_too_deep_digs_no_pit(cameras):
     assert visual_hull.carve_by_stereo(hull, alone, cameras, witnesses=1).sample(inside[None]) > 0
 
 
+def test_what_lies_behind_a_rim_does_not_eat_it():
+    near, far = 1.2, 1.8
+    depth = np.full((12, 12), far, np.float32)
+    depth[:, :4] = near + 0.01 * np.arange(4)  # a slope, less steep than an edge
+    depth[:3] = np.nan  # beside the object
+    front = visual_hull._nearest_at_edges(depth, 0.06)
+    np.testing.assert_array_equal(np.isnan(front), np.isnan(depth))
+    np.testing.assert_allclose(front[3:, 4:6], np.float32([[near + 0.02, near + 0.03]] * 9))
+    np.testing.assert_array_equal(front[3:, 6:], depth[3:, 6:])
+    np.testing.assert_array_equal(front[3:, :2], depth[3:, :2])
+
+
 def test_no_depths_carve_nothing(cameras):
     _, alphas, _ = ball(cameras)
     hull = visual_hull.carve(alphas, cameras, 48)
