@@ -187,7 +187,7 @@ class _Fits:
         self, start: visual_hull.VisualHull
     ) -> tuple[visual_hull.VisualHull, Float[np.ndarray, "n 3"] | None]:
         """`start` without what lies before the surface that neighbouring views agree on, and the points of that surface
-        that are certain; where the views agree on little, `start` as it is and None."""
+        that are certain; where views contradict one another or tell nothing, `start` as it is and None."""
         half_side = np.full(3, self.config.neus.fields.half_side)
         carved, outside = self.hull, None
         for size, lead, config in STEREO_PASSES:
