@@ -45,8 +45,8 @@ Made = TypeVar("Made")
 # for up to 0.2 %.
 MOST_SPREAD = 0.03
 # The plane sweep's passes: the views' longer side in pixels, how far before the surface at hand it begins, and its
-# settings. First, roughly, all that the hull may bulge (a chair's start is .0192 of Chamfer off so, .0211 with a reach of
-# .288); then what is left of it.
+# settings. First, roughly, all that the hull may bulge (a chair's start has a Chamfer distance of .0192 so, of .0211
+# with a reach of .288); then what is left of it.
 STEREO_PASSES = (
     (128, 0.0, SweepConfig(reach=0.384, step=0.006, bend=0.1, jump=0.6)),
     (256, 0.03, SweepConfig()),
