@@ -137,22 +137,12 @@ def carve_by_stereo(
     pixels, distance = project(points, cameras)
     told = np.empty((len(cameras), len(near)), np.float32)
     for view, depth in enumerate(depths):
-        front = _nearest_at_edges(depth, 2 * truncation)
-        told[view] = np.where(distance[view] > 0, at_pixels(front, pixels[view]) - distance[view], np.nan)
+        told[view] = np.where(distance[view] > 0, at_pixels(depth, pixels[view]) - distance[view], np.nan)
     told = np.sort(np.where(told > -truncation, np.minimum(told, truncation), np.nan), axis=0)  # NaN last
     count = np.isfinite(told).sum(axis=0)
     place = np.round(quantile * np.maximum(count - 1, 0)).astype(int)
     signed = np.take_along_axis(told, place[None], axis=0)[0]
     return _less(hull, near, np.where(count >= witnesses, signed, -truncation), -truncation)
-
-
-def _nearest_at_edges(depth: Float[np.ndarray, "h w"], jump: float, size: int = 5) -> Float[np.ndarray, "h w"]:
-    """`depth` with the nearest of the `size` x `size` pixels around where these differ by more than `jump`: matched
-    windows reach across an edge, and what lies behind the rim of a mug would eat the rim."""
-    known = np.isfinite(depth)
-    nearest = ndimage.minimum_filter(np.where(known, depth, np.inf), size)
-    farthest = ndimage.maximum_filter(np.where(known, depth, -np.inf), size)
-    return np.where(known & (farthest - nearest > jump), nearest, depth)
 
 
 def _near(hull: VisualHull):

@@ -48,7 +48,7 @@ MOST_SPREAD = 0.03
 # settings. First, roughly, all that the hull may bulge (a chair's start has a Chamfer distance of .0192 so, of .0211
 # with a reach of .288); then what is left of it.
 STEREO_PASSES = (
-    (128, 0.0, SweepConfig(reach=0.384, step=0.006, bend=0.1, jump=0.6)),
+    (128, 0.0, SweepConfig(reach=0.384, step=0.006, bend=0.05, jump=0.3, edge=np.inf)),
     (256, 0.03, SweepConfig()),
 )
 # Share of the object's pixels of whose depth a window is sure and both neighbours do not confirm it: with more, the
