@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
-from scipy import ndimage
 
 from hi3d_jax.cameras import Cameras, at_pixels, project
 
@@ -31,15 +30,13 @@ NOISE = 1e-5
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
     """Lengths in world units. `window`: pixels along its side. `bend`, `jump`: prices, in units of correlation, of an
-    offset that differs from the one of the pixel beside by one step, and by more. `edge`: a depth that lies more than
-    this behind that of a pixel beside it is not told."""
+    offset that differs from the one of the pixel beside by one step, and by more."""
 
     reach: float = 0.06
     step: float = 0.002
     window: int = 5
     bend: float = 0.03
     jump: float = 0.2
-    edge: float = 0.06
     agreement: float = 0.8  # the least correlation that tells something by itself, of at most 1
     contrast: float = 0.02  # the least standard deviation of a window that does, sRGB: plain ones agree everywhere
 
@@ -55,7 +52,7 @@ def sweep(
     where the window around the pixel tells so by itself.
 
     `fronts`: depths in front of which there is nothing, as of the hull; infinite beside it. Depths are NaN there,
-    beside the object, behind edges, and in a view that has no neighbour.
+    beside the object, and in a view that has no neighbour.
     """
     offsets = np.arange(0.0, config.reach, config.step, dtype=np.float32)
     pictures = jnp.asarray(np.concatenate([views, alphas[..., None]], axis=-1).transpose(0, 3, 1, 2), jnp.float32)
@@ -70,10 +67,7 @@ def sweep(
         offset, correlation, contrast = _sweep_view(
             pictures[view], pictures[others], seen, front, K[view], K[others], relative, offsets, config
         )
-        depth = front + np.asarray(offset)
-        # Windows reach across an edge: what is seen behind the rim of a mug would eat the rim.
-        seen &= depth <= ndimage.minimum_filter(np.where(seen, depth, np.inf), 3) + config.edge
-        depths[view] = np.where(seen, depth, np.nan)
+        depths[view] = np.where(seen, front + np.asarray(offset), np.nan)
         told[view] = seen & (np.asarray(correlation) >= config.agreement) & (np.asarray(contrast) >= config.contrast)
     return depths, told
 

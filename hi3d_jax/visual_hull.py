@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy import ndimage
 
 from hi3d_jax.cameras import Cameras, at_pixels, project
@@ -143,6 +143,21 @@ def carve_by_stereo(
     place = np.round(quantile * np.maximum(count - 1, 0)).astype(int)
     signed = np.take_along_axis(told, place[None], axis=0)[0]
     return _less(hull, near, np.where(count >= witnesses, signed, -truncation), -truncation)
+
+
+def give_back(
+    carved: VisualHull, hull: VisualHull, uncovered: Bool[np.ndarray, "t h w"], cameras: Cameras
+) -> VisualHull:
+    """`carved` and again all of `hull` that lies behind the pixels `uncovered`, grown by one: pixels of the masks that
+    show nothing of `carved`, so that too much went there."""
+    near, points = _near(hull)
+    wanted = np.zeros(len(near), bool)
+    for view, places, depth in zip(uncovered, *project(points, cameras), strict=True):
+        grown = ndimage.binary_dilation(view).astype(np.float32)
+        wanted |= (np.nan_to_num(at_pixels(grown, places)) > 0) & (depth > 0)
+    sdf = carved.sdf.reshape(-1).copy()
+    sdf[near[wanted]] = hull.sdf.reshape(-1)[near[wanted]]
+    return dataclasses.replace(carved, sdf=sdf.reshape(carved.sdf.shape))
 
 
 def _near(hull: VisualHull):

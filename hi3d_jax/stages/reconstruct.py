@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from scipy import ndimage
 from tqdm import tqdm
 
 from hi3d_jax import mesh as meshes
@@ -49,7 +50,7 @@ MOST_SPREAD = 0.03
 # with a reach of .288); then what is left of it; then windows that lie better (F-score at .01 of the starts of a
 # firetruck, a toy airplane and a chair without this pass .690, .716, .552, with it .699, .723, .569).
 STEREO_PASSES = (
-    (128, 0.0, SweepConfig(reach=0.384, step=0.006, bend=0.05, jump=0.3, edge=np.inf)),
+    (128, 0.0, SweepConfig(reach=0.384, step=0.006, bend=0.05, jump=0.3)),
     (256, 0.05, SweepConfig(reach=0.1)),
     (256, 0.015, SweepConfig(reach=0.03, step=0.001)),
 )
@@ -191,11 +192,9 @@ class _Fits:
     ) -> tuple[visual_hull.VisualHull, Float[np.ndarray, "n 3"] | None]:
         """`start` without what lies before the surface that neighbouring views agree on, and the points of that surface
         that are certain; where views contradict one another or tell nothing, `start` as it is and None."""
-        half_side = np.full(3, self.config.neus.fields.half_side)
-        carved, outside = self.hull, None
-        for size, lead, config in STEREO_PASSES:
+        body = self._body(self.hull, None)
+        for number, (size, lead, config) in enumerate(STEREO_PASSES):
             small = _at_most(self.small, size)
-            body = meshes.extract_surface(carved.sample, -half_side, half_side, self.config.hull_resolution, outside)
             fronts = meshes.depth_maps(body, small.cameras) - lead
             depths, told = stereo.sweep(small.views, small.alphas, small.cameras, fronts, config)
             certain = told & stereo.confirmed(depths, small.cameras)
@@ -204,8 +203,16 @@ class _Fits:
                 if self.progress:
                     tqdm.write(f"surface: no plane sweep, {contradicted:.0%} of the views' pixels contradict others")
                 return start, None
-            carved, outside = visual_hull.carve_by_stereo(start, depths, small.cameras), self.outside
+            carved = visual_hull.carve_by_stereo(start, depths, small.cameras)
+            body = self._body(carved, self.outside)
+            if number == 0:
+                carved = visual_hull.give_back(carved, start, _uncovered(body, small), small.cameras)
+                body = self._body(carved, self.outside)
         return carved, stereo.points(np.where(certain, depths, np.nan), small.cameras)
+
+    def _body(self, hull: visual_hull.VisualHull, outside: Callable[[np.ndarray], np.ndarray] | None) -> Mesh:
+        half_side = np.full(3, self.config.neus.fields.half_side)
+        return meshes.extract_surface(hull.sample, -half_side, half_side, self.config.hull_resolution, outside)
 
     def outside(self, points: np.ndarray) -> np.ndarray:
         """Signed distances to the space that the masks allow, half a cell of doubt granted."""
@@ -214,6 +221,12 @@ class _Fits:
     def held(self, points: np.ndarray) -> np.ndarray:
         """Which points lie where the masks put the surface: moved, they would change an outline."""
         return self.hull.sample(points) > -0.3 * self.hull.spacing
+
+
+def _uncovered(body: Mesh, orbit: Orbit) -> Bool[np.ndarray, "t h w"]:
+    """Pixels of the masks, two by two at least, that show nothing of the body."""
+    missing = (orbit.alphas > 0.9) & ~np.isfinite(meshes.depth_maps(body, orbit.cameras))
+    return ndimage.binary_opening(missing, np.ones((1, 2, 2)))
 
 
 def _at_most(orbit: Orbit, size: int) -> Orbit:
