@@ -146,17 +146,22 @@ def carve_by_stereo(
 
 
 def give_back(
-    carved: VisualHull, hull: VisualHull, uncovered: Bool[np.ndarray, "t h w"], cameras: Cameras
+    carved: VisualHull,
+    hull: VisualHull,
+    uncovered: Bool[np.ndarray, "t h w"],
+    cameras: Cameras,
+    witnesses: int = 3,
 ) -> VisualHull:
-    """`carved` and again all of `hull` that lies behind the pixels `uncovered`, grown by one: pixels of the masks that
-    show nothing of `carved`, so that too much went there."""
+    """`carved` and again what of `hull` lies, in `witnesses` views at least, behind the pixels `uncovered`, grown by
+    one: pixels of the masks that show nothing of `carved`, so that too much went there."""
     near, points = _near(hull)
-    wanted = np.zeros(len(near), bool)
+    count = np.zeros(len(near), int)
     for view, places, depth in zip(uncovered, *project(points, cameras), strict=True):
         grown = ndimage.binary_dilation(view).astype(np.float32)
-        wanted |= (np.nan_to_num(at_pixels(grown, places)) > 0) & (depth > 0)
+        count += (np.nan_to_num(at_pixels(grown, places)) > 0) & (depth > 0)
+    given = near[count >= min(witnesses, len(cameras))]
     sdf = carved.sdf.reshape(-1).copy()
-    sdf[near[wanted]] = hull.sdf.reshape(-1)[near[wanted]]
+    sdf[given] = hull.sdf.reshape(-1)[given]
     return dataclasses.replace(carved, sdf=sdf.reshape(carved.sdf.shape))
 
 
