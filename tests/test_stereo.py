@@ -11,7 +11,7 @@ from hi3d_jax import cameras as camera_module
 from hi3d_jax import stereo, visual_hull
 from hi3d_jax.cameras import Cameras
 from hi3d_jax.stages import ReconstructConfig
-from hi3d_jax.stages.reconstruct import _Fits
+from hi3d_jax.stages.reconstruct import _Fits, _uncovered
 from hi3d_jax.stereo import SweepConfig
 from hi3d_jax.video import Orbit
 
@@ -171,6 +171,27 @@ def test_a_minority_that_looks_too_deep_digs_no_pit(cameras):
     alone[4] = depths[4]
     assert visual_hull.carve_by_stereo(hull, alone, cameras).sample(inside[None]) < 0
     assert visual_hull.carve_by_stereo(hull, alone, cameras, witnesses=1).sample(inside[None]) > 0
+
+
+def test_what_the_masks_miss_comes_back(cameras):
+    _, alphas, _ = ball(cameras)
+    hull = visual_hull.carve(alphas, cameras, 48)
+    axis = np.linspace(hull.lower[2], hull.upper[2], 48)
+    without_cap = dataclasses.replace(hull, sdf=np.maximum(hull.sdf, (axis - 0.15).astype(np.float32)))
+    fits = _Fits(
+        Orbit(np.ones((*alphas.shape, 3), np.float32), alphas, cameras), ReconstructConfig.preset("draft"), False
+    )
+    uncovered = _uncovered(fits._body(without_cap, None), fits.small)
+    assert uncovered.any(axis=(1, 2)).all()
+    whole = visual_hull.give_back(without_cap, hull, uncovered, cameras)
+    inside = np.array([[0, 0, 0.3], [0.1, 0.1, 0.25]])
+    assert (without_cap.sample(inside) > 0).all()
+    np.testing.assert_allclose(whole.sample(inside), hull.sample(inside))
+    assert (whole.sdf >= hull.sdf).all()
+    assert (whole.sdf <= without_cap.sdf).all()
+    # One view alone, or two, may be wrong.
+    uncovered[2:] = False
+    np.testing.assert_array_equal(visual_hull.give_back(without_cap, hull, uncovered, cameras).sdf, without_cap.sdf)
 
 
 def test_no_depths_carve_nothing(cameras):

@@ -192,10 +192,10 @@ class _Fits:
     ) -> tuple[visual_hull.VisualHull, Float[np.ndarray, "n 3"] | None]:
         """`start` without what lies before the surface that neighbouring views agree on, and the points of that surface
         that are certain; where views contradict one another or tell nothing, `start` as it is and None."""
-        body = self._body(self.hull, None)
+        carved, outside = self.hull, None
         for number, (size, lead, config) in enumerate(STEREO_PASSES):
             small = _at_most(self.small, size)
-            fronts = meshes.depth_maps(body, small.cameras) - lead
+            fronts = meshes.depth_maps(self._body(carved, outside), small.cameras) - lead
             depths, told = stereo.sweep(small.views, small.alphas, small.cameras, fronts, config)
             certain = told & stereo.confirmed(depths, small.cameras)
             contradicted = (told & ~certain).sum() / max(np.isfinite(depths).sum(), 1)
@@ -203,11 +203,10 @@ class _Fits:
                 if self.progress:
                     tqdm.write(f"surface: no plane sweep, {contradicted:.0%} of the views' pixels contradict others")
                 return start, None
-            carved = visual_hull.carve_by_stereo(start, depths, small.cameras)
-            body = self._body(carved, self.outside)
-            if number == 0:
-                carved = visual_hull.give_back(carved, start, _uncovered(body, small), small.cameras)
-                body = self._body(carved, self.outside)
+            carved, outside = visual_hull.carve_by_stereo(start, depths, small.cameras), self.outside
+            if number == 0:  # in finer passes a pixel or two is missing here and there, of which nothing need come back
+                uncovered = _uncovered(self._body(carved, outside), small)
+                carved = visual_hull.give_back(carved, start, uncovered, small.cameras)
         return carved, stereo.points(np.where(certain, depths, np.nan), small.cameras)
 
     def _body(self, hull: visual_hull.VisualHull, outside: Callable[[np.ndarray], np.ndarray] | None) -> Mesh:
