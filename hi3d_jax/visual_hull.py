@@ -158,7 +158,7 @@ def give_back(
     count = np.zeros(len(near), int)
     for view, places, depth in zip(uncovered, *project(points, cameras), strict=True):
         grown = ndimage.binary_dilation(view).astype(np.float32)
-        count += (np.nan_to_num(at_pixels(grown, places)) > 0) & (depth > 0)
+        count += (at_pixels(grown, places) == 1) & (depth > 0)
     given = near[count >= min(witnesses, len(cameras))]
     sdf = carved.sdf.reshape(-1).copy()
     sdf[given] = hull.sdf.reshape(-1)[given]

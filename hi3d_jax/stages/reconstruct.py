@@ -210,8 +210,7 @@ class _Fits:
         return carved, stereo.points(np.where(certain, depths, np.nan), small.cameras)
 
     def _body(self, hull: visual_hull.VisualHull, outside: Callable[[np.ndarray], np.ndarray] | None) -> Mesh:
-        half_side = np.full(3, self.config.neus.fields.half_side)
-        return meshes.extract_surface(hull.sample, -half_side, half_side, self.config.hull_resolution, outside)
+        return meshes.extract_surface(hull.sample, hull.lower, hull.upper, self.config.hull_resolution, outside)
 
     def outside(self, points: np.ndarray) -> np.ndarray:
         """Signed distances to the space that the masks allow, half a cell of doubt granted."""
