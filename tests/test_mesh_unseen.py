@@ -50,28 +50,6 @@ def test_the_cone_below_a_cylinder_becomes_its_flat_base():
     np.testing.assert_array_equal(flat.vertices[seen], mesh.vertices[seen])
 
 
-def test_bumps_on_what_no_camera_sees_are_not_seen():
-    cameras = camera_module.orbit(elevation_deg=20.0, width=8)
-    height, away = cameras.centres[0, 2] + 0.2, np.hypot(*cameras.centres[0, :2]) - 0.3
-
-    def cylinder(points, bumps=0.0):  # on the cone that the cameras graze
-        x, y, z = points.T
-        radius = np.hypot(x, y)
-        below = -0.2 - z - height / away * (0.3 - radius) + bumps * np.sin(40 * x) * np.sin(40 * y)
-        return np.maximum.reduce([radius - 0.3, z - 0.2, below])
-
-    def thickness(base):
-        return np.ptp(base.vertices[(np.hypot(*base.vertices[:, :2].T) < 0.25) & (base.vertices[:, 2] < 0), 2])
-
-    corner = np.full(3, 0.5)
-    hull = extract_surface(cylinder, -corner, corner, 64)
-    mesh = extract_surface(lambda points: cylinder(points, 0.02), -corner, corner, 64)
-    assert thickness(flatten_unseen(mesh, cameras, nowhere_outside)) > 0.05
-    flat = flatten_unseen(mesh, cameras, nowhere_outside, hull)
-    assert is_watertight(flat)
-    assert thickness(flat) < 0.02
-
-
 def test_vertices_that_would_leave_the_allowed_space_stay():
     sphere = as_mesh(trimesh.creation.icosphere(3, 0.3))
     cameras = camera_module.orbit(elevation_deg=30.0, width=8)

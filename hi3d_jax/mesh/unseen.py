@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import sparse
 from scipy.sparse import csgraph, linalg
-from scipy.spatial import cKDTree
 
 from hi3d_jax.cameras import Cameras
 from hi3d_jax.mesh.rays import RayCaster
@@ -24,8 +23,6 @@ from hi3d_jax.mesh.triangles import Mesh, MeshError, smooth_normals
 MIN_COSINE = 0.12
 # Rounds of majority vote among neighbours that remove single mislabelled vertices.
 VOTES = 6
-# World units, two cells of the hull's grid in a draft: as far a fit moves the surface where nothing holds it.
-NOISE = 0.023
 
 
 def seen_vertices(mesh: Mesh, cameras: Cameras) -> Bool[np.ndarray, " v"]:
@@ -44,33 +41,27 @@ def seen_vertices(mesh: Mesh, cameras: Cameras) -> Bool[np.ndarray, " v"]:
 
 
 def flatten_unseen(
-    mesh: Mesh,
-    cameras: Cameras,
-    outside: Callable[[Float[np.ndarray, "n 3"]], Float[np.ndarray, " n"]],
-    hull: Mesh | None = None,
+    mesh: Mesh, cameras: Cameras, outside: Callable[[Float[np.ndarray, "n 3"]], Float[np.ndarray, " n"]]
 ) -> Mesh:
     """Replaces what no camera sees by the harmonic surface over the rim of what is seen.
 
     `outside` gives signed distances to the shape that the views allow (positive: impossible); a vertex that would leave
-    that shape stays where it is. `hull`: that shape's own surface. Where no camera sees it, none sees `mesh` close to
-    it either, however a fit has roughened it: a cone that the cameras graze shows every bump to some of them, and
-    bumps that stay put are spikes in the base. Faces stay as they are unless some collapse; then the body is cleaned,
-    and where it cannot be closed again `mesh` comes back unchanged.
+    that shape stays where it is. Faces stay as they are unless some collapse; then the body is cleaned, and where it
+    cannot be closed again `mesh` comes back unchanged.
     """
     adjacency = _adjacency(mesh)
-    seen = seen_vertices(mesh, cameras)
-    if hull is not None:
-        hull_seen = _by_majority(seen_vertices(hull, cameras), _adjacency(hull))
-        distance, nearest = cKDTree(hull.vertices).query(mesh.vertices)
-        seen &= hull_seen[nearest] | (distance > NOISE)
-    fixed = _by_majority(seen, adjacency)
+    degree = np.asarray(adjacency.sum(axis=1)).ravel()
+    share = seen_vertices(mesh, cameras).astype(np.float64)
+    for _ in range(VOTES):
+        share = (adjacency @ share + share) / (degree + 1)
+    fixed = share > 0.5
     # A component without any seen vertex has no rim to span.
     _, component = csgraph.connected_components(adjacency, directed=False)
     free = np.flatnonzero(~fixed & np.isin(component, np.unique(component[fixed])))
     if len(free) == 0:
         return mesh
     known = np.setdiff1d(np.arange(len(fixed)), free)
-    laplacian = csgraph.laplacian(adjacency).tocsr()[free]
+    laplacian = (sparse.diags(degree) - adjacency).tocsr()[free]
     right_side = -(laplacian[:, known] @ mesh.vertices[known].astype(np.float64))
     moved = linalg.splu(laplacian[:, free].tocsc()).solve(right_side).astype(np.float32)
     vertices = mesh.vertices.copy()
@@ -82,14 +73,6 @@ def flatten_unseen(
         return clean(flattened)
     except MeshError:
         return mesh
-
-
-def _by_majority(marked: Bool[np.ndarray, " v"], adjacency: sparse.csr_matrix) -> Bool[np.ndarray, " v"]:
-    """`marked` without single vertices that differ from those around them."""
-    share, degree = marked.astype(np.float64), np.asarray(adjacency.sum(axis=1)).ravel()
-    for _ in range(VOTES):
-        share = (adjacency @ share + share) / (degree + 1)
-    return share > 0.5
 
 
 def _adjacency(mesh: Mesh) -> sparse.csr_matrix:

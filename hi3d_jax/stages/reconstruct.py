@@ -293,8 +293,7 @@ def read_surface(config: ReconstructConfig, path: Path) -> FittedSurface:
 def _extract(surface: FittedSurface, fits: _Fits, config: ReconstructConfig) -> Mesh:
     bound = np.full(3, surface.config.half_side)
     body = meshes.extract_surface(surface.sdf, -bound, bound, config.resolution, fits.outside)
-    hull = meshes.extract_surface(fits.hull.sample, -bound, bound, config.hull_resolution)
-    body = meshes.flatten_unseen(body, fits.small.cameras, fits.outside, hull)
+    body = meshes.flatten_unseen(body, fits.small.cameras, fits.outside)
     # What is a few edges wide is noise in a mesh of so many faces, and shape in one of fewer.
     body = meshes.decimate(body, max(config.num_faces, SMOOTHED_FACES))
     return meshes.decimate(meshes.smooth(body, fits.held(body.vertices)), config.num_faces)
