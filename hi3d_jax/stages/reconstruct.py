@@ -190,8 +190,9 @@ class _Fits:
     def carve_by_stereo(
         self, start: visual_hull.VisualHull
     ) -> tuple[visual_hull.VisualHull, Float[np.ndarray, "n 3"] | None]:
-        """`start` without what lies before the surface that neighbouring views agree on, and the points of that surface
-        that are certain; where views contradict one another or tell nothing, `start` as it is and None."""
+        """`start` without what lies before the surface that neighbouring views agree on, and points of that surface:
+        the certain ones, and where colours are plain those of the carved body, which nothing else would keep in place.
+        Where views contradict one another or tell nothing, `start` as it is and None."""
         carved, outside = self.hull, None
         for number, (size, lead, config) in enumerate(STEREO_PASSES):
             small = _at_most(self.small, size)
@@ -207,7 +208,10 @@ class _Fits:
             if number == 0:  # in finer passes a pixel or two is missing here and there, of which nothing need come back
                 uncovered = _uncovered(self._body(carved, outside), small)
                 carved = visual_hull.give_back(carved, start, uncovered, small.cameras)
-        return carved, stereo.points(np.where(certain, depths, np.nan), small.cameras)
+        plain = ~told & (small.alphas > 0.5)
+        carved_depths = meshes.depth_maps(self._body(carved, outside), small.cameras)
+        known = np.where(certain, depths, np.where(plain, carved_depths, np.nan))
+        return carved, stereo.points(known, small.cameras)
 
     def _body(self, hull: visual_hull.VisualHull, outside: Callable[[np.ndarray], np.ndarray] | None) -> Mesh:
         return meshes.extract_surface(hull.sample, hull.lower, hull.upper, self.config.hull_resolution, outside)
