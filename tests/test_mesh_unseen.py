@@ -1,6 +1,7 @@
 """Undersides that no camera sees."""
 
 import numpy as np
+import pytest
 import trimesh
 
 from hi3d_jax import cameras as camera_module
@@ -34,20 +35,33 @@ def test_something_in_front_hides_a_surface():
     assert not seen[np.linalg.norm(mesh.vertices, axis=1) < 0.11].any()
 
 
-def test_the_cone_below_a_cylinder_becomes_its_flat_base():
-    def cylinder_on_a_cone(points):
-        radius = np.hypot(points[:, 0], points[:, 1])
-        below = (-0.2 - points[:, 2]) - np.tan(np.radians(20)) * (0.3 - radius)
-        return np.maximum.reduce([radius - 0.3, points[:, 2] - 0.2, below])
+def cylinder_on_a_cone(points, bumps=0.0):
+    """A cylinder, and below it what cameras 20 degrees up cannot rule out, as rough as a fit leaves it."""
+    radius = np.hypot(points[:, 0], points[:, 1])
+    below = (-0.2 - points[:, 2]) - np.tan(np.radians(20)) * (0.3 - radius)
+    below += bumps * np.sin(40 * points[:, 0]) * np.sin(40 * points[:, 1])
+    return np.maximum.reduce([radius - 0.3, points[:, 2] - 0.2, below])
 
+
+@pytest.mark.parametrize("bumps", [0.0, 0.02])
+def test_the_cone_below_a_cylinder_becomes_its_flat_base(bumps):
     corner = np.full(3, 0.5)
-    mesh = extract_surface(cylinder_on_a_cone, -corner, corner, 64)
+    mesh = extract_surface(lambda points: cylinder_on_a_cone(points, bumps), -corner, corner, 64)
     assert mesh.vertices[:, 2].min() < -0.29
     flat = flatten_unseen(mesh, camera_module.orbit(elevation_deg=20.0, width=8), nowhere_outside)
     assert is_watertight(flat)
     assert flat.vertices[:, 2].min() > -0.225
     seen = mesh.vertices[:, 2] > -0.17
     np.testing.assert_array_equal(flat.vertices[seen], mesh.vertices[seen])
+
+
+def test_a_ball_keeps_what_is_seen_of_its_underside():
+    ball = as_mesh(trimesh.creation.icosphere(5, 0.3))
+    cameras = camera_module.orbit(elevation_deg=20.0, width=8)
+    # Cameras at a distance of 1.5 and a height of .51 look along the ball where its normal is about 59 degrees down.
+    lowest_seen = -0.3 * np.sin(np.radians(90 - 20 - np.degrees(np.arcsin(0.3 / 1.5))))
+    flat = flatten_unseen(ball, cameras, nowhere_outside)
+    assert lowest_seen - 0.02 < flat.vertices[:, 2].min() < lowest_seen + 0.012
 
 
 def test_vertices_that_would_leave_the_allowed_space_stay():
