@@ -25,10 +25,10 @@ from hi3d_jax.mesh.topology import clean, is_watertight
 from hi3d_jax.mesh.triangles import Mesh, MeshError, face_normals, smooth_normals
 
 # Cosines between a surface's normal and the way to the camera that sees it best. A surface that curves away is seen
-# from BARELY on (2 degrees above it); bumps on the cone that masks leave, which lies at 0, may reach WELL (17 degrees).
+# from BARELY on (2 degrees above it); bumps on the cone that masks leave, which lies at 0, may reach WELL (12 degrees).
 # Parts below GRAZED (7 degrees) show where the cone may be; they lie behind an edge if most of the surface that is RIM
 # (world units) away from them faces a camera at more than STEEP (30 degrees).
-BARELY, GRAZED, WELL, STEEP = 0.04, 0.12, 0.3, 0.5
+BARELY, GRAZED, WELL, STEEP = 0.04, 0.12, 0.2, 0.5
 RIM = (0.01, 0.03)
 # The share of the rim that has to be so. Around the largest unseen parts of 16 fits it was .64 to .95 where bases are
 # flat and .19 to .52 where they are round.
