@@ -202,13 +202,26 @@ def test_no_depths_carve_nothing(cameras):
 
 
 def test_views_that_contradict_one_another_carve_nothing(cameras):
-    views, alphas, _ = ball(cameras)
+    _, alphas, _ = ball(cameras)
     azimuths = np.arange(16) * 22.5 + np.random.default_rng(0).uniform(-6, 6, 16)
     contradicting, _, _ = ball(camera_module.orbit(azimuths, elevation_deg=20.0, width=SIZE))
-    fits = [_Fits(Orbit(v, alphas, cameras), ReconstructConfig.preset("draft"), False) for v in (views, contradicting)]
-    carved, known = fits[0].carve_by_stereo(fits[0].hull)
-    assert (carved.sdf > fits[0].hull.sdf).any()
-    assert np.abs(np.linalg.norm(known, axis=1) - RADIUS).mean() < 0.003
-    start, known = fits[1].carve_by_stereo(fits[1].hull)
-    assert start is fits[1].hull
+    fits = _Fits(Orbit(contradicting, alphas, cameras), ReconstructConfig.preset("draft"), False)
+    start, known = fits.carve_by_stereo(fits.hull)
+    assert start is fits.hull
     assert known is None
+
+
+def test_points_of_the_surface_are_known_where_colours_are_plain_too(cameras):
+    views, alphas, depths = ball(cameras)
+    origins, directions = camera_module.pixel_rays(cameras)
+    along = np.where(alphas > 0, depths, 0) / np.einsum("thwi,ti->thw", directions, cameras.c2w[:, :3, 2])
+    height = (origins + along[..., None] * directions)[..., 2]
+    views[(alphas > 0) & (height > 0.1)] = 0.5
+    fits = _Fits(Orbit(views, alphas, cameras), ReconstructConfig.preset("draft"), False)
+    carved, known = fits.carve_by_stereo(fits.hull)
+    assert (carved.sdf > fits.hull.sdf).any()
+    off = np.abs(np.linalg.norm(known, axis=1) - RADIUS)
+    plain = known[:, 2] > 0.15
+    assert off[~plain].mean() < 0.003
+    assert plain.sum() > 0.8 * ((alphas > 0) & (height > 0.15)).sum()
+    assert off[plain].mean() < 0.01

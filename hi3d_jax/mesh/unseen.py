@@ -101,7 +101,7 @@ def _best_cosines(mesh: Mesh, cameras: Cameras) -> Float[np.ndarray, " v"]:
 def _behind_edges(
     mesh: Mesh, cosines: Float[np.ndarray, " v"], areas: Float[np.ndarray, " v"], adjacency: sparse.csr_matrix
 ) -> Bool[np.ndarray, " v"]:
-    """What is grazed at best in parts that what is seen well meets steeply."""
+    """Parts that no camera sees well, where they break off from what is seen well instead of curving away."""
     parts, count = _patches(~_by_majority(cosines > WELL, adjacency), adjacency)
     inside = parts >= 0
     grazed = inside & (cosines <= GRAZED)
