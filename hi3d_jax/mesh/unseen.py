@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy import sparse
 from scipy.sparse import csgraph, linalg
 from scipy.spatial import cKDTree
@@ -41,7 +41,8 @@ AVERAGED, VOTES = 8, 6
 
 def seen_vertices(mesh: Mesh, cameras: Cameras) -> Bool[np.ndarray, " v"]:
     """Which vertices some camera sees, unobstructed; not those that are only grazed behind an edge."""
-    adjacency, areas, cosines = _adjacency(mesh), _areas(mesh), _best_cosines(mesh, cameras)
+    adjacency, areas = _adjacency(mesh), _areas(mesh)
+    cosines = _best_cosines(mesh, cameras, adjacency)
     seen = _by_majority(cosines > BARELY, adjacency) & ~_behind_edges(mesh, cosines, areas, adjacency)
     islands, count = _patches(seen, adjacency)
     seen[seen] = np.bincount(islands[seen], areas[seen], count)[islands[seen]] >= NOISE
@@ -78,13 +79,11 @@ def flatten_unseen(
         return mesh
 
 
-def _best_cosines(mesh: Mesh, cameras: Cameras) -> Float[np.ndarray, " v"]:
+def _best_cosines(mesh: Mesh, cameras: Cameras, adjacency: sparse.csr_matrix) -> Float[np.ndarray, " v"]:
     """Between each vertex's normal, averaged around it, and the way to the camera that sees it best; -1: none does."""
-    adjacency, normals, caster = _adjacency(mesh), smooth_normals(mesh), RayCaster(mesh)
+    normals, caster = smooth_normals(mesh), RayCaster(mesh)
     lifted = mesh.vertices + 2e-3 * normals
-    normals, neighbours = normals.astype(np.float64), np.asarray(adjacency.sum(axis=1))
-    for _ in range(AVERAGED):
-        normals = (adjacency @ normals + normals) / (neighbours + 1)
+    normals = _averaged(normals, adjacency, AVERAGED)
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
     best = np.full(len(normals), -1.0)
     for centre in cameras.centres:
@@ -119,10 +118,15 @@ def _behind_edges(
 
 def _by_majority(marked: Bool[np.ndarray, " v"], adjacency: sparse.csr_matrix) -> Bool[np.ndarray, " v"]:
     """`marked` without single vertices that differ from those around them."""
-    share, neighbours = marked.astype(np.float64), np.asarray(adjacency.sum(axis=1)).ravel()
-    for _ in range(VOTES):
-        share = (adjacency @ share + share) / (neighbours + 1)
-    return share > 0.5
+    return _averaged(marked[:, None], adjacency, VOTES)[:, 0] > 0.5
+
+
+def _averaged(values: Shaped[np.ndarray, "v k"], adjacency: sparse.csr_matrix, rounds: int) -> Float[np.ndarray, "v k"]:
+    """The mean of each vertex and its neighbours, `rounds` times."""
+    values, neighbours = values.astype(np.float64), np.asarray(adjacency.sum(axis=1))
+    for _ in range(rounds):
+        values = (adjacency @ values + values) / (neighbours + 1)
+    return values
 
 
 def _patches(marked: Bool[np.ndarray, " v"], adjacency: sparse.csr_matrix) -> tuple[Int[np.ndarray, " v"], int]:
