@@ -5,7 +5,7 @@ Four objects of a folder (see experiments/render_dataset.py) are rendered, one o
 
     autoencoder128, autoencoder256    from `--autoencoder`, or from nothing
     stage1                            asked for views 1 to 15 of what it has seen: 28 dB of PSNR and more are wanted
-    depth                             unless `--depth` names a model folder
+    depth                             from `--depth`, or from nothing
     stage2, stage2_no_depth           given bicubic enlargements of degraded views: 3 dB more than they have are wanted,
                                       and more with the depth than without
 
@@ -13,6 +13,10 @@ one after the other, each a run of experiments/train.py in FOLDER. The same comm
 does again only what is not finished. results.json and the table hold what was reached, with the autoencoders' own PSNR,
 which no stage exceeds, and for stage 2 that of the enlargements, as they are and as it is given them: painted white
 where the true views show nothing. `--parts` takes some of the runs, `--steps` other numbers of steps than the table's.
+
+With `--orbits N` each object is learnt from N orbits, from random elevations and azimuths, and all is asked of orbits
+that no training had: one orbit can be learnt by heart view by view, many ask for what the coarse views and the depth
+say. Nothing is dropped then, as for the package's own model, since no sampling that is tried needs guidance.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from experiments import cache_latents, encode_examples, render_dataset
 from experiments.train import load_config
 from hi3d_jax.data.loader import Batch, open_batches
 from hi3d_jax.data.record_folder import RecordFolder
+from hi3d_jax.stages.recipe import Dropping
 from hi3d_jax.training.config import CheckpointConfig, LogConfig, TrainConfig
 from hi3d_jax.training.export import export
 from hi3d_jax.training.loop import train
@@ -64,8 +69,11 @@ LEARNING_RATES = {"adamw": 1e-3, "muon": 3e-3}
 SAMPLING_STEPS = {1: (6, 10), 2: (2, 4, 6)}
 # Degraded videos of each object that stage 2 learns from, encoded beforehand: that is most of a step's time.
 EXAMPLES = 60
-# Degraded videos of each object that stage 2 is asked to refine, and the depth network to see.
-DRAWS = 2
+# Degraded videos of each object that stage 2 is asked to refine, and the depth network to see; with many orbits, each
+# is of another orbit that no training had.
+DRAWS, DRAWS_OF_MANY = 2, 10
+# Rows of pictures that are kept to be looked at.
+ROWS = 24
 
 
 class Overfit:
@@ -74,12 +82,22 @@ class Overfit:
     def __init__(self, options: argparse.Namespace):
         self.options, self.folder = options, options.output
         self.orbits = self.folder / "orbits"
+        self.many = options.orbits > 1
+        # The orbits that all is asked of.
+        self.asked = self.folder / "held" if self.many else self.orbits
+        self.num_draws = DRAWS_OF_MANY if self.many else DRAWS
 
     def render(self) -> None:
-        """The records that everything learns."""
-        settings = render_dataset.RenderSettings(size=SIZE, elevations_deg=(ELEVATION_DEG,), azimuth_deg=0.0)
-        wanted = {"split": self.options.split, "limit": OBJECTS, "render": settings}
-        render_dataset.render(render_dataset.Arguments(self.options.objects, self.orbits, **wanted))
+        """The records that everything learns, and those that it is asked of."""
+        one = {"elevations_deg": (ELEVATION_DEG,), "azimuth_deg": 0.0}
+        self._render(self.orbits, {"orbits": self.options.orbits} if self.many else one)
+        if self.many:
+            self._render(self.asked, {"orbits": self.num_draws, "seed": 1})
+
+    def _render(self, folder: Path, settings: dict[str, Any]) -> None:
+        render = render_dataset.RenderSettings(size=SIZE, assets_per_shard=1, **settings)
+        wanted = {"split": self.options.split, "limit": OBJECTS, "render": render}
+        render_dataset.render(render_dataset.Arguments(self.options.objects, folder, **wanted))
 
     def run(self, name: str) -> tuple[TrainConfig, TrainState]:
         """Trains a run to its end and makes its model folder; returns its config and last state."""
@@ -119,10 +137,13 @@ class Overfit:
             return self._stage(name, config)
         begun = self.options.autoencoder
         starts = {"autoencoder128": begun, "autoencoder256": begun or self.model("autoencoder128")}
+        starts["depth"] = self.options.depth
         if start := starts.get(name):
+            config = dataclasses.replace(config, start=str(start))
+        if start and isinstance(config.task, AutoencoderTask):
             # What was measured of its latents goes with the weights.
             sizes = found_in([start], "vae").config
-            config = dataclasses.replace(config, start=str(start), task=dataclasses.replace(config.task, vae=sizes))
+            config = dataclasses.replace(config, task=dataclasses.replace(config.task, vae=sizes))
         # Which views a batch has differs from step to step.
         return dataclasses.replace(config, data=dataclasses.replace(config.data, num_views=4))
 
@@ -132,11 +153,15 @@ class Overfit:
         if config.task.recipe.stage == 1:
             data = self._cached(config.data.image_size)
         else:
-            networks += [self.options.stage1 or self.model("stage1"), self.options.depth or self.model("depth")]
+            depths = (
+                self.model("depth") if "depth" in self.options.parts or not self.options.depth else self.options.depth
+            )
+            networks += [self.options.stage1 or self.model("stage1"), depths]
             # A video of stage 2 has as many pixels as four of stage 1.
             data = {"folder": str(self.folder / "examples"), "batch_size": 1}
         recipe = config.task.recipe
         recipe = dataclasses.replace(recipe, num_steps=2) if self.options.quick else recipe
+        recipe = dataclasses.replace(recipe, dropping=Dropping(0.0, 0.0, 0.0)) if self.many else recipe
         task = dataclasses.replace(config.task, networks=tuple(map(str, networks)), recipe=recipe)
         return dataclasses.replace(config, task=task, data=dataclasses.replace(config.data, **data))
 
@@ -156,7 +181,8 @@ class Overfit:
         data = dataclasses.replace(config.data, **self._cached(config.data.image_size), folder=str(self.orbits))
         on_pictures = dataclasses.replace(config, data=data)
         self.cache(on_pictures)
-        encode_examples.encode(on_pictures, config.data.folder, 2 if self.options.quick else EXAMPLES)
+        draws = max(1, EXAMPLES // self.options.orbits)
+        encode_examples.encode(on_pictures, config.data.folder, 2 if self.options.quick else draws)
 
     def model(self, name: str) -> Path:
         """The model folder of a run."""
@@ -169,9 +195,9 @@ class Overfit:
         path.write_text(json.dumps({**known, name: {**known.get(name, {}), **values}}, indent=1) + "\n")
 
     def _asked(self, config: TrainConfig) -> Iterator[Batch]:
-        """Batches of all objects, degraded as no training has seen them."""
+        """Batches of four orbits, degraded as no training has seen them."""
         data = dataclasses.replace(config.data, batch_size=OBJECTS, num_views=NUM_VIEWS, cache_folder="", arrays=())
-        return open_batches(RecordFolder(self.orbits), data, seed=1)
+        return open_batches(RecordFolder(self.asked), data, seed=1)
 
     def coarse_views(self, config: TrainConfig, draws: int) -> list[np.ndarray]:
         """The degraded views that `samples` refines, in [-1, 1]."""
@@ -196,7 +222,7 @@ class Overfit:
             # It shows all views of all objects in one row.
             rows = [each for pair in zip(*(np.split(row, OBJECTS) for row in rows), strict=True) for each in pair]
         steps = f"_{config.task.recipe.num_steps}" if isinstance(config.task, StageTask) else ""
-        Image.fromarray(grid(rows)).save(Path(config.folder) / f"samples{steps}.png")
+        Image.fromarray(grid(rows[:ROWS])).save(Path(config.folder) / f"samples{steps}.png")
         return [rows[kind::kinds] for kind in range(kinds)]
 
 
@@ -204,7 +230,7 @@ def autoencoder(overfit: Overfit, name: str) -> None:
     """An autoencoder and what is left of views that pass it."""
     config, state = overfit.run(name)
     views, made = overfit.samples(config, state)
-    overfit.note(name, {"psnr": decibels(made, views, first=0)})
+    overfit.note(name, {"psnr": mean(decibels(made, views, first=0))})
 
 
 def stage1(overfit: Overfit, name: str) -> None:
@@ -214,31 +240,34 @@ def stage1(overfit: Overfit, name: str) -> None:
 
 
 def depth(overfit: Overfit, name: str) -> None:
-    """A depth network, where none is given."""
-    if overfit.options.depth is None:
-        config, state = overfit.run(name)
-        errors = [scalars["stretched_error"] for _, scalars in overfit.draws(config, state, DRAWS)]
-        overfit.note(name, {"stretched_error": round(float(np.mean(errors)), 4)})
+    """A depth network, and how wrong it is about degraded views."""
+    config, state = overfit.run(name)
+    errors = [scalars["stretched_error"] for _, scalars in overfit.draws(config, state, overfit.num_draws)]
+    overfit.note(name, {"stretched_error": round(float(np.mean(errors)), 4)})
 
 
 def stage2(overfit: Overfit, name: str) -> None:
     """Fine views from degraded ones that were enlarged by bicubic interpolation, beside these."""
     overfit.encode()
-    config, views, coarse = sample_stage(overfit, name, DRAWS)
-    unpainted = overfit.coarse_views(with_degradation(config, clean_background=False), DRAWS)
-    overfit.note(name, {"bicubic_psnr": decibels(unpainted, views), "given_psnr": decibels(coarse, views)})
+    config, views, coarse = sample_stage(overfit, name, overfit.num_draws)
+    unpainted = overfit.coarse_views(with_degradation(config, clean_background=False), overfit.num_draws)
+    overfit.note(name, {"bicubic_psnr": mean(decibels(unpainted, views)), "given_psnr": mean(decibels(coarse, views))})
 
 
 def sample_stage(overfit: Overfit, name: str, draws: int) -> tuple[TrainConfig, list[np.ndarray], list[np.ndarray]]:
     """Trains a stage and scores what its samplings make; returns its config, the true views and stage 2's coarse."""
     config, state = overfit.run(name)
     config = with_degradation(config, enlarge="bicubic") if config.task.recipe.stage == 2 else config
-    scores, views, coarse = {}, [], []
+    scores: dict[str, list[float]] = {}
+    views: list[np.ndarray] = []
+    coarse: list[list[np.ndarray]] = []
     for label, sampled in samplings(overfit, config).items():
         # All see the same views, degraded alike.
         views, *coarse, made = overfit.samples(sampled, state, draws)
         scores[label] = decibels(made, views)
-    overfit.note(name, {"psnr": max(scores.values()), "psnr_by_sampling": scores})
+    means = {label: mean(values) for label, values in scores.items()}
+    best = max(means, key=lambda label: means[label])
+    overfit.note(name, {"psnr": means[best], "psnr_by_sampling": means, "psnr_by_video": scores[best]})
     return config, views, coarse[0] if coarse else []
 
 
@@ -259,10 +288,14 @@ def with_degradation(config: TrainConfig, **choices: Any) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, coarse=coarse))
 
 
-def decibels(made: list[np.ndarray], views: list[np.ndarray], first: int = 1) -> float:
-    """The mean PSNR of all views from `first` on."""
-    pairs = zip(made, views, strict=True)
-    return round(float(np.mean([np.asarray(psnr(a, b))[first:].mean() for a, b in pairs])), 2)
+def decibels(made: list[np.ndarray], views: list[np.ndarray], first: int = 1) -> list[float]:
+    """The mean PSNR of each video's views from `first` on."""
+    return [round(float(np.asarray(psnr(a, b))[first:].mean()), 3) for a, b in zip(made, views, strict=True)]
+
+
+def mean(values: list[float]) -> float:
+    """To hundredths."""
+    return round(float(np.mean(values)), 2)
 
 
 PARTS: dict[str, Callable[[Overfit, str], None]] = {
@@ -295,7 +328,13 @@ def report(results: dict[str, dict[str, Any]]) -> None:
             f"stage 2: {bicubic:+.2f} dB over bicubic enlargement, of 3 wanted; {given:+.2f} dB over what it is given"
         )
     if {"stage2", "stage2_no_depth"} <= set(reached):
-        print(f"depth brings {reached['stage2'] - reached['stage2_no_depth']:+.2f} dB, of more than 0 wanted")
+        with_depth, without = (np.array(results[name]["psnr_by_video"]) for name in ("stage2", "stage2_no_depth"))
+        gains = with_depth - without
+        error = gains.std(ddof=1) / len(gains) ** 0.5
+        print(
+            f"depth brings {gains.mean():+.2f} +- {error:.2f} dB, of more than 0 wanted; it is better on "
+            f"{(gains > 0).sum()} of {len(gains)} videos"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -308,7 +347,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--split", help="only objects that a manifest.jsonl gives this split")
     parser.add_argument("--autoencoder", type=Path, help="model folder of an autoencoder to go on from")
     parser.add_argument("--stage1", type=Path, help="model folder whose image encoder stage 2 has; default: the run's")
-    parser.add_argument("--depth", type=Path, help="model folder of a depth network to use")
+    parser.add_argument(
+        "--depth", type=Path, help="model folder of a depth network to go on from, or to use if depth is not in --parts"
+    )
+    parser.add_argument("--orbits", type=int, default=1, help="orbits that each object is learnt from (see above)")
     parser.add_argument("--parts", nargs="+", choices=RUNS, default=list(RUNS), help="which runs")
     parser.add_argument("--steps", type=int, help="of every run; default: as in this file")
     parser.add_argument("--quick", action="store_true", help="two steps of everything, to see that it runs")
