@@ -233,7 +233,7 @@ def test_a_run_on_a_full_disk_goes_on_and_says_what_it_could_not_keep(place, ref
     assert "the checkpoint of step 2 stays" in output
     assert f"step {STEPS} is reached, but its checkpoint could not be written: free space" in errors
     assert max(read_metrics(place / "full")) == STEPS
-    # CPython 3.11's parser, which reads the configs' comments, fails where a collection finds the errors of the full disk.
+    # CPython 3.11's parser, which reads the configs' comments, fails where a collection finds the full disk's errors.
     gc.collect()
     gc.disable()
     try:
