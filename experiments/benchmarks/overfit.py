@@ -136,14 +136,17 @@ class Overfit:
         if isinstance(config.task, StageTask):
             return self._stage(name, config)
         begun = self.options.autoencoder
-        starts = {"autoencoder128": begun, "autoencoder256": begun or self.model("autoencoder128")}
-        starts["depth"] = self.options.depth
+        starts = {
+            "autoencoder128": begun,
+            "autoencoder256": begun or self.model("autoencoder128"),
+            "depth": self.options.depth,
+        }
         if start := starts.get(name):
             config = dataclasses.replace(config, start=str(start))
-        if start and isinstance(config.task, AutoencoderTask):
-            # What was measured of its latents goes with the weights.
-            sizes = found_in([start], "vae").config
-            config = dataclasses.replace(config, task=dataclasses.replace(config.task, vae=sizes))
+            if isinstance(config.task, AutoencoderTask):
+                # What was measured of its latents goes with the weights.
+                sizes = found_in([start], "vae").config
+                config = dataclasses.replace(config, task=dataclasses.replace(config.task, vae=sizes))
         # Which views a batch has differs from step to step.
         return dataclasses.replace(config, data=dataclasses.replace(config.data, num_views=4))
 
@@ -153,10 +156,8 @@ class Overfit:
         if config.task.recipe.stage == 1:
             data = self._cached(config.data.image_size)
         else:
-            depths = (
-                self.model("depth") if "depth" in self.options.parts or not self.options.depth else self.options.depth
-            )
-            networks += [self.options.stage1 or self.model("stage1"), depths]
+            given = None if "depth" in self.options.parts else self.options.depth
+            networks += [self.options.stage1 or self.model("stage1"), given or self.model("depth")]
             # A video of stage 2 has as many pixels as four of stage 1.
             data = {"folder": str(self.folder / "examples"), "batch_size": 1}
         recipe = config.task.recipe
